@@ -1,0 +1,1 @@
+"""Where jobs run: Ray workers, run directories, and the command line."""

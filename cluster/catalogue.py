@@ -1,0 +1,53 @@
+"""What exists, by name: for `learned-opt show`."""
+
+import json
+
+from rich.console import Console
+from rich.table import Table
+
+import learned_opt
+import meta_train.estimators
+import tasks
+from cluster.cli import recipes
+from evaluation.baselines import BASELINES
+from learned_opt import artifact, discovery
+from tasks.data import EMBEDDED
+from tasks.suites import SUITES
+
+console = Console()
+
+
+def show(name: str | None) -> None:
+    """Prints an artifact's rule and card, or all names.
+
+    Raises:
+      FileNotFoundError, ValueError: as `artifact.read`.
+    """
+    if name is None:
+        console.print(_everything())
+        return
+    rule, theta, card = artifact.read(name)
+    count = sum(leaf.size for leaf in artifact.flatten(theta).values())
+    console.print(f"{artifact.find(name)}\n{discovery.spec_of(rule)}\n{count} meta-parameters")
+    console.print_json(json.dumps(card))
+
+
+def _everything() -> Table:
+    table = Table("kind", "name", "fields (and their defaults)", title="learned-opt")
+    for kind, package in (
+        ("rule", learned_opt),
+        ("task", tasks),
+        ("estimator", meta_train.estimators),
+    ):
+        for name, cls in sorted(discovery.members(package).items()):
+            table.add_row(kind, name, discovery.signature(cls))
+    for kind, names in (
+        ("dataset", [*EMBEDDED, "tfds:NAME"]),
+        ("suite", SUITES),
+        ("baseline", BASELINES),
+        ("recipe", recipes()),
+        ("pretrained", artifact.pretrained()),
+    ):
+        for name in names:
+            table.add_row(kind, name, "")
+    return table

@@ -1,0 +1,243 @@
+"""The command line. Each command is a dataclass: its fields are the options, its `run` does the work."""
+
+import dataclasses
+import importlib
+import os
+import pkgutil
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tyro
+
+import meta_train.recipes
+from learned_opt import discovery
+from meta_train.recipes.base import Recipe
+
+
+def recipes() -> dict[str, Recipe]:
+    """Recipes by name: of every module in meta_train.recipes that has a `RECIPE`."""
+    found = {"default": Recipe()}
+    for info in pkgutil.iter_modules(meta_train.recipes.__path__):
+        module = importlib.import_module(f"meta_train.recipes.{info.name}")
+        if hasattr(module, "RECIPE"):
+            found[info.name] = module.RECIPE
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaTrain:
+    """Meta-train an update rule and export it as an optax optimizer.
+
+    The run directory gets config.json, metrics.jsonl, checkpoints/ and theta.safetensors. Ctrl-C checkpoints; the
+    same command with --resume goes on from there and ends as if it had never stopped.
+
+    Example: learned-opt meta-train --run-dir runs/mine --rule "small_fc(hidden=8)" --workers 2
+    """
+
+    run_dir: Path
+    """Directory of the run: new, empty, or with --resume."""
+    recipe: str = "default"
+    """Recipe that supplies the defaults of the options below; `learned-opt show` lists them."""
+    settings: Annotated[Recipe, tyro.conf.arg(name="")] = Recipe()
+    workers: int = 0
+    """Ray workers of one core each; 0 runs in this process, without Ray."""
+    address: str | None = None
+    """Ray cluster to join, "auto" or host:port; None starts the workers on this machine."""
+    checkpoint_every: int = 100
+    """Outer steps between checkpoints."""
+    resume: bool = False
+    """Go on with the run in --run-dir, by the recipe it was started with."""
+
+    def run(self) -> None:
+        from cluster import jobs
+
+        path = jobs.run(
+            self.settings,
+            self.run_dir,
+            workers=self.workers,
+            address=self.address,
+            resume=self.resume,
+            checkpoint_every=self.checkpoint_every,
+            default=recipes()[self.recipe],
+        )
+        jobs.console.print(
+            f"exported {path}\n"
+            f"judge it: learned-opt evaluate --optimizer {path} --out-dir {self.run_dir}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Judge optimizers on held-out tasks beside baselines tuned for each task.
+
+    Writes results.json and report.html. The tuning of baselines is cached on disk.
+
+    Example: learned-opt evaluate --optimizer runs/mine/theta.safetensors --suite heldout/quick --out-dir runs/mine
+    """
+
+    optimizer: tuple[str, ...]
+    """Artifacts (.safetensors files or names of pretrained optimizers) and baselines ("lion", "baselines/quick")."""
+    suite: str = "heldout/quick"
+    """Suite of tasks, or one task family with its fields, e.g. "quadratic(dimension=20)"."""
+    steps: int = 500
+    """Training steps of every run; the horizon that optimizers are told."""
+    seeds: int = 5
+    """Runs of every optimizer on every task."""
+    baselines: tuple[str, ...] = ("baselines/quick",)
+    """Baselines to tune and compare with. Adam always is."""
+    out_dir: Path = Path("runs/evaluate")
+    """Directory for results.json and report.html."""
+
+    def run(self) -> None:
+        from cluster import jobs
+
+        jobs.evaluate(
+            self.optimizer, self.suite, self.steps, self.seeds, self.baselines, self.out_dir
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Quickstart:
+    """Meta-train on 8x8 digits with two Ray workers, export, and compare with tuned baselines on held-out tasks.
+
+    Example: learned-opt quickstart
+    """
+
+    run_dir: Path = Path("runs/quickstart")
+    """Directory of the run: new, empty, or with --resume."""
+    workers: int = 2
+    """Ray workers of one core each; 0 runs in this process, without Ray."""
+    seeds: int = 5
+    """Runs of every optimizer on every held-out task."""
+    resume: bool = False
+    """Go on with the run in --run-dir."""
+
+    def run(self) -> None:
+        from cluster import jobs
+
+        recipe = recipes()["quickstart"]
+        path = jobs.run(
+            recipe, self.run_dir, workers=self.workers, resume=self.resume, default=recipe
+        )
+        jobs.evaluate(
+            (str(path),), "heldout/quick", 500, self.seeds, ("baselines/quick",), self.run_dir
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write report.html anew from the results.json and metrics.jsonl of a directory.
+
+    Example: learned-opt report --run-dir runs/mine
+    """
+
+    run_dir: Path
+    """Directory with a results.json."""
+
+    def run(self) -> None:
+        from cluster import jobs
+
+        jobs.console.print(f"wrote {jobs.report(self.run_dir)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Export the newest checkpoint of a run, finished or not.
+
+    Example: learned-opt export --run-dir runs/mine --out mine.safetensors
+    """
+
+    run_dir: Path
+    """Directory of the run."""
+    out: Path
+    """The artifact to write."""
+
+    def run(self) -> None:
+        from cluster import jobs
+
+        jobs.console.print(f"exported {jobs.export_latest(self.run_dir, self.out)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Show:
+    """Show an artifact's rule and card; without a name, list all that exists.
+
+    Example: learned-opt show small_fc-digits
+    """
+
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """A .safetensors file or the name of a pretrained optimizer."""
+
+    def run(self) -> None:
+        from cluster import catalogue
+
+        catalogue.show(self.name)
+
+
+COMMANDS = {
+    "quickstart": Quickstart,
+    "meta-train": MetaTrain,
+    "evaluate": Evaluate,
+    "report": Report,
+    "export": Export,
+    "show": Show,
+}
+
+
+def _parser(arguments: list[str]) -> Any:
+    """The union of the commands. A recipe that is asked for supplies the defaults, so help shows its values."""
+    known = recipes()
+    name = "default"
+    for flag, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if flag == "--recipe":
+            name = following
+        elif flag.startswith("--recipe="):
+            name = flag.removeprefix("--recipe=")
+    if name not in known:
+        raise ValueError(discovery.unknown("recipe", name, list(known)))
+    defaults = {"meta-train": MetaTrain(run_dir=tyro.MISSING, recipe=name, settings=known[name])}
+    union: Any = None
+    for command, cls in COMMANDS.items():
+        options = {"default": defaults[command]} if command in defaults else {}
+        member = Annotated[cls, tyro.conf.subcommand(command, prefix_name=False, **options)]
+        union = member if union is None else union | member
+    return union
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `learned-opt`. Bad input ends with one line and exit code 2, an interrupt with 130."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # SIGTERM is how clusters stop jobs: checkpoint as for Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("LEARNED_OPT_CACHE", Path.home() / ".cache" / "learned-opt"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "jax"))
+    try:
+        command = tyro.cli(
+            _parser(arguments),
+            prog="learned-opt",
+            description="Meta-train, export and judge learned optimizers.",
+            args=arguments,
+        )
+        command.run()
+    except KeyboardInterrupt:
+        where = getattr(command, "run_dir", None)
+        hint = (
+            f" The last complete step is kept; go on with --resume --run-dir {where}."
+            if where
+            else ""
+        )
+        print(f"\nstopped.{hint}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, TypeError, OSError) as error:
+        if os.environ.get("LEARNED_OPT_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

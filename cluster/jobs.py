@@ -1,0 +1,266 @@
+"""A meta-training job from recipe to exported optimizer, in this process or on Ray, with progress, checkpoints and resume."""
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+import learned_opt
+import tasks
+from cluster import run_directory
+from evaluation import benchmark
+from evaluation.baselines import BASELINES, GROUPS
+from evaluation.report import render, table
+from evaluation.results import load as load_results
+from evaluation.results import save as save_results
+from learned_opt import artifact, discovery
+from meta_train.checkpoint import Checkpoints
+from meta_train.estimators.base import partition
+from meta_train.estimators.compiled import Compiled
+from meta_train.outer_loop import MetaState, meta_train, start
+from meta_train.recipes.base import Recipe
+from tasks import suites
+from tasks.suites import SUITES
+
+console = Console()
+
+
+@contextmanager
+def open_estimator(estimator: Any, workers: int, address: str | None) -> Iterator[Any]:
+    """The estimator compiled here (`workers` 0) or spread over Ray workers; ray is imported only for the latter."""
+    if workers == 0:
+        yield Compiled(estimator)
+        return
+    from cluster.remote import Remote
+
+    remote = Remote(estimator, workers, address)
+    try:
+        yield remote
+    finally:
+        remote.close()
+
+
+def run(
+    recipe: Recipe,
+    directory: Path,
+    workers: int = 0,
+    address: str | None = None,
+    resume: bool = False,
+    checkpoint_every: int = 100,
+    default: Recipe | None = None,
+) -> Path:
+    """Meta-trains by the recipe and returns the exported artifact's path. A finished run is not run again.
+
+    Raises:
+      ValueError, FileExistsError, ConnectionError: before any work, and before anything is written.
+    """
+    if workers < 0:
+        raise ValueError(f"`workers` must be 0 (this process) or more, got {workers}")
+    if checkpoint_every < 1:
+        raise ValueError(f"`checkpoint_every` must be at least 1, got {checkpoint_every}")
+    estimator = recipe.build_estimator()
+    if workers:
+        partition(estimator, workers)
+    if address is not None:
+        if workers == 0:
+            raise ValueError(f"`address` {address} needs `workers` of at least 1, got 0")
+        from cluster.remote import check_reachable
+
+        check_reachable(address)
+    recipe = run_directory.open_run(directory, recipe, resume, default or Recipe())
+    estimator, rule, optimizer = (
+        recipe.build_estimator(),
+        recipe.build_rule(),
+        recipe.build_optimizer(),
+    )
+    checkpoints = Checkpoints(directory / run_directory.CHECKPOINTS)
+    path = directory / run_directory.ARTIFACT
+    if checkpoints.latest() == recipe.outer_steps and path.exists():
+        console.print(f"{directory} is finished: {recipe.outer_steps} outer steps, {path}")
+        return path
+    with open_estimator(estimator, workers, address) as opened:
+        state = start(rule, opened, optimizer, recipe.seed)
+        if checkpoints.latest() is not None:
+            state = checkpoints.restore(state)
+            console.print(f"resuming at outer step {int(state.step)}")
+        log = run_directory.MetricsLog(directory, int(state.step))
+        began = time.perf_counter() - log.seconds
+        with progress("meta-training", recipe.outer_steps, int(state.step)) as advance:
+
+            def on_step(step, estimate, norm):
+                loss = float(estimate.loss)
+                log.write(
+                    step=step,
+                    loss=loss,
+                    grad_norm=float(norm),
+                    seconds=round(time.perf_counter() - began, 3),
+                    **{name: float(value) for name, value in estimate.info.items()},
+                )
+                advance(f"meta-loss {loss:.3f}")
+
+            state = meta_train(
+                opened, optimizer, state, recipe.outer_steps, checkpoints, checkpoint_every, on_step
+            )
+        log.close()
+    checkpoints.close()
+    return export(directory, recipe, state, path)
+
+
+def export(directory: Path, recipe: Recipe, state: MetaState, path: Path) -> Path:
+    """Writes the run's theta as an artifact whose card says how it was made."""
+    metrics = run_directory.read_metrics(directory)
+    estimator = recipe.build_estimator()
+    per_step = estimator.particles * estimator.unrolls * recipe.truncation
+    card = {
+        "recipe": vars(recipe),
+        "outer_steps": int(state.step),
+        "inner_steps": int(state.step) * per_step,
+        "meta_loss": float(np.mean([line["loss"] for line in metrics[-50:]])) if metrics else None,
+        "seconds": metrics[-1]["seconds"] if metrics else None,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
+        "code": {
+            name: importlib.metadata.version(name) for name in ("learned-opt", "jax", "optax")
+        },
+        "licence": "Apache-2.0",
+    }
+    learned_opt.save(path, recipe.build_rule(), state.theta, card)
+    return path
+
+
+def export_latest(directory: Path, path: Path) -> Path:
+    """Exports the newest checkpoint of a run, finished or not.
+
+    Raises:
+      FileNotFoundError: there is no run or no checkpoint.
+    """
+    recipe = run_directory.read_recipe(directory)
+    rule = recipe.build_rule()
+    checkpoints = Checkpoints(directory / run_directory.CHECKPOINTS)
+    template = start(
+        rule, Compiled(recipe.build_estimator()), recipe.build_optimizer(), recipe.seed
+    )
+    return export(directory, recipe, checkpoints.restore(template), path)
+
+
+def evaluate(
+    names: tuple[str, ...],
+    suite: str,
+    steps: int,
+    seeds: int,
+    baselines: tuple[str, ...],
+    directory: Path,
+) -> None:
+    """Judges optimizers by name on a suite; prints the table, writes results.json and report.html.
+
+    Raises:
+      ValueError, FileNotFoundError: before any work, for unknown names.
+    """
+    for name, value in (("steps", steps), ("seeds", seeds)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}")
+    known = {*BASELINES, *GROUPS}
+    artifacts = [name for name in names if name not in known]
+    baselines = (*baselines, *(name for name in names if name in known))
+    contenders = {}
+    for name in artifacts:
+        rule, theta, _ = artifact.read(name)
+        contenders[_label(name)] = partial(rule.optimizer, theta)
+    with progress("evaluating", 100) as advance:
+        done = 0
+
+        def report_progress(what: str, share: float) -> None:
+            nonlocal done
+            while done < int(100 * share):
+                done += 1
+                advance(what)
+
+        results = benchmark.evaluate(
+            contenders,
+            _families(suite),
+            steps=steps,
+            seeds=seeds,
+            baselines=baselines,
+            progress=report_progress,
+            evals=min(20, steps),
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    save_results(results, directory / run_directory.RESULTS)
+    console.print(table(results))
+    console.print(f"report: {report(directory)}")
+
+
+def _label(name: str) -> str:
+    """Pretrained optimizers go by their name, files by that of their run."""
+    path = Path(name)
+    return path.parent.name if path.name == run_directory.ARTIFACT else path.stem
+
+
+def _families(suite: str) -> dict[str, Any]:
+    """The suite of that name, or a suite of the one task family that is described."""
+    members = discovery.members(tasks)
+    if suite in SUITES:
+        return suites.suite(suite)
+    if suite.partition("(")[0] not in members:
+        raise ValueError(discovery.unknown("suite or task", suite, [*SUITES, *members]))
+    return {suite: discovery.build("task", suite, members)}
+
+
+def report(directory: Path) -> Path:
+    """Writes report.html from the results.json, and the metrics.jsonl if there is one, of a directory.
+
+    Raises:
+      FileNotFoundError: there is no results.json.
+    """
+    results = directory / run_directory.RESULTS
+    if not results.is_file():
+        raise FileNotFoundError(f"{directory} holds no {results.name}: run learned-opt evaluate")
+    path = directory / run_directory.REPORT
+    render(load_results(results), path, metrics=run_directory.read_metrics(directory) or None)
+    return path
+
+
+@contextmanager
+def progress(what: str, total: int, done: int = 0) -> Iterator[Any]:
+    """A progress bar with ETA; where output is no terminal, a line at every tenth of the way."""
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(what, total=total, completed=done, note="")
+            yield lambda note="": bar.update(task, advance=1, note=note)
+        return
+    began, first = time.perf_counter(), done
+
+    def advance(note: str = "") -> None:
+        nonlocal done
+        done += 1
+        if done * 10 // total != (done - 1) * 10 // total:
+            elapsed = time.perf_counter() - began
+            left = elapsed / (done - first) * (total - done)
+            console.print(f"{what} {done}/{total} {note} {elapsed:.0f} s, ETA {left:.0f} s")
+
+    yield advance

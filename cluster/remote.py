@@ -1,0 +1,179 @@
+"""An estimator whose particles live on Ray actors. The outer loop cannot tell it from one in its own process.
+
+A worker is a pure function, (theta, state, key) -> (estimate, state'). States stay in Ray's object store, owned by the driver, so
+a worker that dies is restarted by Ray and its call repeated with the same arguments: it costs time and changes nothing.
+"""
+
+import os
+import socket
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from learned_opt.base import Theta
+from meta_train.estimators.base import Estimate, GradientEstimator, Key, combine, partition
+
+TASK_RETRIES = 5
+PATIENCE_SECONDS = 5.0
+HINT = "start one with `ray start --head`, or leave `address` out to run on this machine"
+
+
+class Worker:
+    """Holds the program of one part of the particles. Keeps no state between calls."""
+
+    def __init__(self, reference: list[Any]):
+        """`reference` holds an object reference to the estimator: Ray does not keep plain arguments for restarts."""
+        import ray
+
+        from meta_train.estimators.compiled import Compiled
+
+        self._compiled = Compiled(ray.get(reference[0]))
+
+    def init(self, theta: Theta, key_data: np.ndarray) -> Any:
+        return jax.device_get(self._compiled.init(theta, jax.random.wrap_key_data(key_data)))
+
+    def estimate(self, theta: Theta, state: Any, key_data: np.ndarray) -> tuple[Estimate, Any]:
+        # arrays from the object store are read-only views of shared memory; the program consumes its input
+        state = jax.tree.map(lambda x: jnp.array(x, copy=True), state)
+        key = jax.random.wrap_key_data(key_data)
+        return jax.device_get(self._compiled.estimate(theta, state, key))
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+@jax.tree_util.register_pytree_node_class
+class RemoteState:
+    """The particles' states: references to the parts, or (`whole`) arrays over all particles.
+
+    As a pytree it is the whole, fetched when looked at. A checkpoint is therefore the same for any number of workers.
+    """
+
+    def __init__(self, parts: list[Any] | None = None, whole: Any = None):
+        self.parts, self.whole = parts, whole
+
+    def tree_flatten(self):
+        if self.parts is None:
+            return (self.whole,), None
+        import ray
+
+        return (jax.tree.map(lambda *x: np.concatenate(x), *ray.get(self.parts)),), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(whole=children[0])
+
+
+def connect(address: str | None, cpus: int) -> None:
+    """Joins the cluster at `address` ("auto" or host:port), or starts one on this machine's loopback interface.
+
+    Raises:
+      ConnectionError: no cluster answers there.
+    """
+    # All of these must be set before ray is imported.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is None:
+        # Despite its name this is Ray's only switch that makes its servers listen on 127.0.0.1 alone.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    else:
+        check_reachable(address)
+    import ray
+
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    with warnings.catch_warnings():
+        # Ray starts its servers by fork and exec at once, which jax's threads do not mind
+        warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
+        if address is None:
+            ray.init(num_cpus=cpus, include_dashboard=False, **options)
+            return
+        try:
+            ray.init(address=address, **options)
+        except ConnectionError:
+            raise ConnectionError(f"no Ray cluster at `address` {address}; {HINT}") from None
+
+
+def check_reachable(address: str) -> None:
+    """Ray itself would try for a minute; a plain connection knows in seconds."""
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=PATIENCE_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ConnectionError(f"no Ray cluster at `address` {address} ({error}); {HINT}") from None
+
+
+class Remote:
+    """The estimator's particles, divided over `workers` actors of `cpus_per_worker` cores each."""
+
+    def __init__(
+        self,
+        estimator: GradientEstimator,
+        workers: int,
+        address: str | None = None,
+        cpus_per_worker: int = 1,
+        gpus_per_worker: float = 0.0,
+    ):
+        parts = partition(estimator, workers)
+        self._particles = [part.particles for part in parts]
+        connect(address, cpus=max(workers * cpus_per_worker, os.cpu_count() or 1))
+        # NPROC is the one setting that holds XLA's thread pool to a core; it must be there before jax is
+        environment = {
+            "NPROC": str(cpus_per_worker),
+            "JAX_PLATFORMS": "" if gpus_per_worker else "cpu",
+        }
+        if gpus_per_worker:
+            environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(0.9 * min(gpus_per_worker, 1.0))
+        if cache := jax.config.jax_compilation_cache_dir:
+            environment["JAX_COMPILATION_CACHE_DIR"] = cache
+        import ray
+
+        self._ray = ray
+        actor = ray.remote(Worker).options(
+            num_cpus=cpus_per_worker,
+            num_gpus=gpus_per_worker,
+            max_restarts=-1,
+            max_task_retries=TASK_RETRIES,
+            runtime_env={"env_vars": environment},
+        )
+        self._references = [ray.put(part) for part in jax.device_get(parts)]
+        self._workers = [actor.remote([reference]) for reference in self._references]
+
+    def init(self, theta: Theta, key: Key) -> RemoteState:
+        arguments = jax.device_get((theta, jax.random.key_data(key)))
+        return RemoteState([worker.init.remote(*arguments) for worker in self._workers])
+
+    def estimate(self, theta: Theta, state: RemoteState, key: Key) -> tuple[Estimate, RemoteState]:
+        theta, key_data = jax.device_get((theta, jax.random.key_data(key)))
+        calls = [
+            worker.estimate.options(num_returns=2).remote(theta, part, key_data)
+            for worker, part in zip(self._workers, self._parts_of(state), strict=True)
+        ]
+        estimates = self._ray.get([estimate for estimate, _ in calls])
+        return combine(estimates, self._particles), RemoteState([part for _, part in calls])
+
+    def _parts_of(self, state: RemoteState) -> list[Any]:
+        if state.parts is not None:
+            return state.parts
+        bounds = np.cumsum([0, *self._particles])
+        whole = jax.device_get(state.whole)
+        return [
+            jax.tree.map(lambda x, a=a, b=b: x[a:b], whole)
+            for a, b in zip(bounds, bounds[1:], strict=False)
+        ]
+
+    def pids(self) -> list[int]:
+        """Process ids of the workers."""
+        return self._ray.get([worker.pid.remote() for worker in self._workers])
+
+    def close(self) -> None:
+        """Ends the workers, and the cluster if it is this process's own."""
+        for worker in self._workers:
+            self._ray.kill(worker)
+        self._ray.shutdown()

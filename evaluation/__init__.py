@@ -1,0 +1,1 @@
+"""Judging optax transformations: learned or hand-designed, each enters as `horizon -> optax`."""

@@ -1,0 +1,155 @@
+"""The report's figures. Drawn with matplotlib's object interface: no display, no global state."""
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.ticker
+import numpy as np
+from matplotlib.figure import Figure
+
+from evaluation.results import Results
+from evaluation.stats import performance_profile
+
+# Okabe and Ito's palette, told apart with any colour vision; contenders get its strongest colours.
+CONTENDER_COLOURS = ("#D55E00", "#0072B2", "#CC79A7", "#009E73")
+BASELINE_COLOURS = ("#000000", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#0072B2")
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "svg.fonttype": "none",  # text stays text: small, searchable, sharp
+    "font.family": "sans-serif",
+}
+
+
+def looks(results: Results) -> dict[str, dict[str, Any]]:
+    """Line style of each row: contenders thick, default dashed, oracle dotted."""
+    contenders, tuned = iter(CONTENDER_COLOURS * 9), iter(BASELINE_COLOURS * 9)
+    kinds = {
+        "contender": lambda: {"color": next(contenders), "linewidth": 2.6, "zorder": 4},
+        "tuned": lambda: {"color": next(tuned), "linewidth": 1.5, "zorder": 3},
+        "default": lambda: {"color": "#777777", "linewidth": 1.5, "linestyle": "--", "zorder": 2},
+        "oracle": lambda: {"color": "#777777", "linewidth": 1.3, "linestyle": ":", "zorder": 2},
+    }
+    return {name: kinds[row["kind"]]() for name, row in results.rows.items()}
+
+
+def loss_curves(results: Results) -> Figure:
+    """Smoothed training loss, one panel per task, the range over seeds shaded."""
+    tasks, styles = results.about["tasks"], looks(results)
+    columns = min(3, len(tasks))
+    rows = math.ceil(len(tasks) / columns)
+    with matplotlib.rc_context(STYLE):
+        width = max(6.5, 3.7 * columns)
+        legend_rows = math.ceil(len(styles) / max(2, int(width / 2.4)))
+        height = 3.0 * rows + 0.25 * legend_rows + 0.3
+        figure = Figure(figsize=(width, height), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False)
+        for panel, task in zip(panels.flat, tasks, strict=False):
+            for name, style in styles.items():
+                curve = _as_arrays(results.curves[name][task])
+                (line,) = panel.plot(curve["steps"], curve["mean"], label=name, **style)
+                panel.fill_between(
+                    curve["steps"], curve["low"], curve["high"], color=line.get_color(),
+                    alpha=0.15, linewidth=0, zorder=1,
+                )  # fmt: skip
+            _frame_losses(panel, [results.curves[name][task] for name in styles])
+            panel.set_title(task, loc="left", fontsize=11, fontweight="bold")
+            panel.set_xlabel("training step")
+        for panel in panels[:, 0]:
+            panel.set_ylabel("training loss")
+        for panel in panels.flat[len(tasks) :]:
+            panel.set_visible(False)
+        handles, labels = panels.flat[0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside lower center", frameon=False,
+            ncols=math.ceil(len(styles) / legend_rows),
+        )  # fmt: skip
+    return figure
+
+
+def _as_arrays(curve: Mapping[str, Sequence[float | None]]) -> dict[str, np.ndarray]:
+    return {name: np.array(values, np.float64) for name, values in curve.items()}
+
+
+def _frame_losses(panel, curves) -> None:
+    # A run that explodes would squeeze all others into a line: the frame ends at twice the
+    # highest starting loss, and whatever leaves it is seen to leave.
+    means = [_as_arrays(curve)["mean"] for curve in curves]
+    finite = np.concatenate([mean[np.isfinite(mean)] for mean in means])
+    if not finite.size or finite.min() <= 0:
+        return
+    panel.set_yscale("log")
+    starts = [mean[0] for mean in means if np.isfinite(mean[0])]
+    top = min(finite.max(), 2 * max(starts, default=finite.max()))
+    low = max(finite.min(), top * 1e-6)
+    panel.set_ylim(low / 1.3, top * 1.3)
+    panel.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda loss, _: f"{loss:g}"))
+    panel.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+
+
+def profile(results: Results) -> Figure:
+    """Share of runs whose mean training loss is at least tau times better than tuned Adam's."""
+    taus = np.geomspace(1 / 16, 16.0, 401)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+        panel = figure.subplots()
+        for name, style in looks(results).items():
+            tasks = results.scores["tuned"][name].values()
+            shares = performance_profile([task["mean_train_loss"] for task in tasks], taus)
+            panel.step(taus, shares, where="post", label=name, **style)
+        panel.axvline(1.0, color="#bbbbbb", linewidth=1, zorder=0)
+        panel.set_xscale("log", base=2)
+        ticks = 2.0 ** np.arange(-4, 5)
+        panel.set_xticks(ticks, [f"{t:g}x" if t >= 1 else f"1/{1 / t:g}x" for t in ticks])
+        panel.set_ylim(-0.02, 1.02)
+        panel.set_xlabel("mean training loss: at least this much better than tuned Adam")
+        panel.set_ylabel("share of runs")
+        figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def meta_training(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+    """Meta-loss over outer steps, raw and averaged, from the records of metrics.jsonl."""
+    records = [r for r in metrics if r.get("loss") is not None]
+    steps, losses = (np.array([r[k] for r in records], np.float64) for k in ("step", "loss"))
+    window = max(1, len(losses) // 30)
+    # Each point averages the window before it, fewer at the start.
+    totals = np.cumsum(np.concatenate([np.zeros(1), losses]))
+    starts = np.maximum(np.arange(1, len(losses) + 1) - window, 0)
+    average = (totals[1:] - totals[starts]) / (np.arange(1, len(losses) + 1) - starts)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.0, 2.8), layout="constrained")
+        panel = figure.subplots()
+        panel.plot(steps, losses, color="#b9d7ea", linewidth=0.8, label="each outer step")
+        label = f"mean of the last {window}"
+        panel.plot(steps, average, color="#0072B2", linewidth=2, label=label)
+        panel.set_xlabel("outer step")
+        panel.set_ylabel("meta-loss")
+        figure.legend(loc="outside right center", frameon=False)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """A figure as an <svg> element to be placed in HTML, free of every outside address."""
+    buffer = io.StringIO()
+    # Without a salt the ids differ from run to run.
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "evaluation"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    return re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # HTML knows both namespaces
+
+
+def save_png(figure: Figure, path: str | Path) -> None:
+    """Writes a figure at 150 dots per inch."""
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, format="png", dpi=150, facecolor="white")

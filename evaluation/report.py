@@ -1,0 +1,215 @@
+"""One self-contained report.html, and the same table for a terminal."""
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich.table
+
+from evaluation import plots
+from evaluation.results import Results
+from evaluation.stats import iqm
+
+# Summary column -> heading, unit; only ratios (x) can be won or lost.
+COLUMNS = {
+    "mean_train_vs_default": ("Train loss, mean vs default Adam", "x"),
+    "mean_train_vs_tuned": ("Train loss, mean vs tuned Adam", "x"),
+    "final_train_vs_tuned": ("Train loss, final vs tuned Adam", "x"),
+    "held_out_vs_tuned": ("Held-out loss vs tuned Adam", "x"),
+    "speedup_vs_tuned": ("Speedup over Adam's grid", "x"),
+    "divergence_rate": ("Diverged", "%"),
+    "step_time_vs_adam": ("Time per step vs Adam", "cost"),
+    "state_bytes_per_param": ("State, bytes per param", ""),
+}
+KINDS = {
+    "contender": "judged here",
+    "tuned": "best of its grid, per task",
+    "default": "not tuned",
+    "oracle": "not an optimizer: best of the grid at every step",
+}
+CRITERIA = {
+    "mean": "its validation loss averaged over training",
+    "final": "its validation loss at the end",
+    "train": "its training loss averaged over training",
+}
+STYLESHEET = """
+body{font:15px/1.5 system-ui,sans-serif;color:#1a1a1a;background:#fff;max-width:1150px;
+margin:2rem auto;padding:0 1rem}
+h1{margin-bottom:.2rem} h2{margin-top:2.2rem} p{max-width:75ch}
+table{border-collapse:collapse;font-size:13.5px} .wide{overflow-x:auto}
+th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid #ddd;vertical-align:top}
+th:first-child,td:first-child{text-align:left}
+thead th{border-bottom:2px solid #555;vertical-align:bottom}
+small{color:#666;display:block;white-space:nowrap} tr.contender td{background:#fff6ef}
+tr.oracle td,tr.default td{color:#666}
+.win{color:#005a8c;font-weight:600} .loss{color:#a33b00;font-weight:600}
+.note{color:#444} svg{max-width:100%;height:auto}
+"""
+
+
+def render(
+    results: Results,
+    path: str | Path,
+    *,
+    metrics: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+    """Writes the report to `path`: one HTML file without scripts, needing no network.
+
+    Args:
+      metrics: records of metrics.jsonl with `step` and `loss`, for the meta-training curve.
+    """
+    sections = [
+        _header(results),
+        "<h2>Scores</h2>",
+        _table(results),
+        _reading(results),
+        "<h2>Task by task</h2>",
+        _per_task(results),
+        "<p class=note>Mean training loss of tuned Adam divided by that of the row (interquartile "
+        "mean over seeds), and the learning rate that tuning chose there; * marks the edge of a "
+        "grid, beyond which a better one may lie.</p>",
+        "<h2>Loss curves</h2>",
+        plots.svg(plots.loss_curves(results)),
+        "<p class=note>Training loss, smoothed, lower is better: the line is the mean over seeds, "
+        "the shade their range; the frame ends at twice the highest starting loss.</p>",
+        "<h2>Performance profile</h2>",
+        plots.svg(plots.profile(results)),
+        "<p class=note>Further right and higher is better: the height at 2x is the share of all "
+        "runs (every task weighing the same) whose mean training loss is at most half of tuned "
+        "Adam's; the height at 1x is the share that equal or beat it.</p>",
+    ]
+    if metrics:
+        sections += [
+            "<h2>Meta-training</h2>",
+            plots.svg(plots.meta_training(metrics)),
+            "<p class=note>The loss that meta-training lowers, on its training tasks; lower is "
+            "better.</p>",
+        ]
+    Path(path).write_text(
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Optimizer evaluation</title>'
+        f"<style>{STYLESHEET}</style><body>{''.join(sections)}</body></html>\n",
+        encoding="utf-8",
+    )
+
+
+def plot_curves(results: Results, path: str | Path) -> None:
+    """Writes the loss curves as a PNG."""
+    plots.save_png(plots.loss_curves(results), path)
+
+
+def table(results: Results) -> rich.table.Table:
+    """The scores for a terminal: estimates with 95% intervals, best first."""
+    about = results.about
+    view = rich.table.Table(
+        title=f"{len(about['tasks'])} tasks, {about['steps']} steps, {about['seeds']} seeds",
+        caption="x: ratio to the reference, above 1 is better; time per step: below 1 is better",
+    )
+    view.add_column("optimizer")
+    for heading, _ in COLUMNS.values():
+        view.add_column(heading, justify="right")
+    for name in ranked(results):
+        cells = [_cell(results.summary[name].get(column), column) for column in COLUMNS]
+        bold = "bold" if results.rows[name]["kind"] == "contender" else None
+        view.add_row(name, *(f"{a}\n[dim]{b}[/dim]" for a, b, _ in cells), style=bold)
+    return view
+
+
+def ranked(results: Results) -> list[str]:
+    """Rows, best mean training loss against tuned Adam first."""
+    return sorted(results.rows, key=lambda row: -results.summary[row]["mean_train_vs_tuned"][0])
+
+
+def _cell(values: Sequence[float] | None, column: str) -> tuple[str, str, str]:
+    """Text of the estimate, text of the interval, and the CSS class of a clear win or loss."""
+    if values is None:
+        return "-", "", ""
+    unit = COLUMNS[column][1]
+    scale, suffix = (100, "%") if unit == "%" else (1, "x" if unit else "")
+    estimate, low, high = (_short(scale * value) for value in values)
+    verdict = ""
+    if unit == "x":  # decided only when the whole interval is on one side
+        verdict = "win" if values[1] > 1 else "loss" if values[2] < 1 else ""
+    interval = "" if estimate == low == high else f"{low} \N{EN DASH} {high}"
+    return estimate + suffix, interval, verdict
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _header(results: Results) -> str:
+    about = results.about
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    grids = ", ".join(f"{name} {size}" for name, size in about["grids"].items())
+    contenders = [name for name, row in results.rows.items() if row["kind"] == "contender"]
+    named = ", ".join(contenders) or "baselines only"
+    return (
+        f"<h1>Optimizer evaluation</h1><p><b>{html.escape(named)}</b> on "
+        f"{html.escape(', '.join(about['tasks']))}: {about['steps']} training steps from each of "
+        f"{about['seeds']} seeds, with the same initial parameters and batches for every optimizer."
+        f"</p><p class=note>Each baseline was tuned for each task on "
+        f"{CRITERIA[about['criterion']]} with {about['tuning_seeds']} other seeds; sizes of "
+        f"the grids: {html.escape(grids)}.<br>Run on {about['date']} in {about['seconds']:g} s: "
+        f"{html.escape(about['device'])}, {about['cpus']} cores, {html.escape(about['machine'])}; "
+        f"{html.escape(versions)}.</p>"
+    )
+
+
+def _table(results: Results) -> str:
+    head = "".join(f"<th>{heading}</th>" for heading, _ in COLUMNS.values())
+    body = []
+    for name in ranked(results):
+        kind = results.rows[name]["kind"]
+        cells = [f"<td>{html.escape(name)}<small>{KINDS[kind]}</small></td>"]
+        for column in COLUMNS:
+            estimate, interval, verdict = _cell(results.summary[name].get(column), column)
+            cells.append(
+                f'<td><span class="{verdict}">{estimate}</span><small>{interval}</small></td>'
+            )
+        body.append(f"<tr class={kind}>{''.join(cells)}</tr>")
+    return _wide(head, body)
+
+
+def _reading(results: Results) -> str:
+    return (
+        "<p class=note>Losses are ratios, the reference's loss over the row's: <b>2x means half "
+        "the loss, below 1x means worse than the reference</b>. They are interquartile means over "
+        "all tasks and seeds; small figures are 95% bootstrap intervals over seeds. "
+        "<span class=win>Blue</span>: better with the whole interval; "
+        "<span class=loss>red</span>: worse with the whole interval.</p>"
+        "<p class=note>Speedup: how many steps Adam needs for the loss that the row reaches in "
+        "one, where Adam is at every step the best of its grid of learning rates and schedules; "
+        "so even tuned Adam is below 1x. Held-out: test loss at the best validation loss. "
+        "Diverged: a loss that was not finite, or twice that of an untrained model at the end. "
+        "Time per step: whole training steps on this machine in alternation with Adam, mean and "
+        "range over tasks, above 1x is slower.</p>"
+    )
+
+
+def _per_task(results: Results) -> str:
+    tasks = results.about["tasks"]
+    head = "".join(f"<th>{html.escape(task)}</th>" for task in tasks)
+    body = []
+    for name in ranked(results):
+        row = results.rows[name]
+        cells = [f"<td>{html.escape(name)}</td>"]
+        for task in tasks:
+            score = float(iqm(results.scores["tuned"][name][task]["mean_train_loss"]))
+            chosen = row["chosen"].get(task)
+            note = ""
+            if chosen:
+                schedule = "cosine" if chosen["cosine"] else "constant"
+                edge = "*" if chosen["at_edge"] else ""
+                note = f"<small>lr {chosen['learning_rate']:g}{edge}, {schedule}</small>"
+            verdict = "win" if score > 1 else "loss" if score < 1 else ""
+            cells.append(f'<td><span class="{verdict}">{_short(score)}x</span>{note}</td>')
+        body.append(f"<tr class={row['kind']}>{''.join(cells)}</tr>")
+    return _wide(head, body)
+
+
+def _wide(head: str, body: list[str]) -> str:
+    return (
+        f"<div class=wide><table><thead><tr><th>Optimizer</th>{head}</tr></thead>"
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )

@@ -1,0 +1,154 @@
+"""Tuning a baseline on one task: its grid runs on some seeds to choose, on others to be judged."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from evaluation.baselines import Baseline, Scheduled, adam_with_decay
+from evaluation.cache import cached, content_hash, default_directory
+from evaluation.curve import Curve, MakeOptimizer, envelope, train_from
+from evaluation.timing import compile_steps, reference_adam, step_seconds
+from tasks.base import Key, TaskFamily
+
+Criterion = Literal["mean", "final", "train"]
+
+
+class Tuned(NamedTuple):
+    """A baseline on one task, on the evaluation seeds."""
+
+    curve: Curve  # of the chosen hyperparameters; its `envelope` [1, steps] is the whole grid's
+    chosen: dict[str, float]
+    at_edge: bool  # the chosen learning rate is the grid's least or greatest: it may be too narrow
+    grid: Curve  # [G, seeds, ...]
+    hypers: dict[str, np.ndarray]  # each [G]
+    scores: np.ndarray  # [G] what was minimised, from the tuning seeds
+
+
+def tune(
+    baseline: Baseline,
+    family: TaskFamily,
+    *,
+    steps: int,
+    seeds: int,
+    key: Key,
+    tuning_seeds: int = 2,
+    criterion: Criterion = "mean",
+    evals: int = 20,
+    eval_batches: int = 4,
+    cache_dir: str | Path | None = None,
+) -> Tuned:
+    """Runs the whole grid, or reads it from the cache, and chooses by `criterion`.
+
+    Evaluation seeds are those of `curve.train_curves` with the same `key`; tuning seeds are others.
+
+    Args:
+      criterion: normalised validation loss, "mean" over the evaluations of a run (speed counts) or
+        "final"; or "train", the mean training loss, the reference's best case in that metric.
+      cache_dir: see `cache.default_directory` for None. The cache does not depend on `criterion`.
+    """
+    if criterion not in (criteria := get_args(Criterion)):
+        raise ValueError(f"`criterion` must be one of {', '.join(criteria)}, got {criterion!r}")
+    if min(seeds, tuning_seeds) < 1:
+        raise ValueError(
+            f"`seeds` and `tuning_seeds` must be at least 1, got {seeds}, {tuning_seeds}"
+        )
+    hypers = baseline.grid()
+    budget = {"steps": steps, "evals": evals, "eval_batches": eval_batches}
+
+    def sweep() -> dict[str, np.ndarray]:
+        tuning_key = jax.random.fold_in(key, np.uint32(0xFFFFFFFF))  # no seed has that index
+        keys = [jax.random.fold_in(key, seed) for seed in range(seeds)]
+        keys += [jax.random.fold_in(tuning_key, seed) for seed in range(tuning_seeds)]
+        make = Scheduled(baseline.make, steps)
+        grid = train_from(family, make, hypers, jnp.stack(keys), **budget)
+        return grid._asdict()
+
+    counts = (seeds, tuning_seeds, *budget.values())
+    name = content_hash(family, baseline, counts, _key_bytes(key))
+    path = Path(cache_dir or default_directory()) / f"{baseline.name}-{name[:32]}.npz"
+    runs = Curve(**cached(path, Curve._fields, sweep))
+    grid = runs._replace(
+        train=runs.train[:, :seeds],
+        valid=runs.valid[:, :seeds],
+        test=runs.test[:, :seeds],
+        valid_normalized=runs.valid_normalized[:, :seeds],
+        envelope=envelope(runs.train[:, :seeds]),
+    )
+    losses = (runs.train if criterion == "train" else runs.valid_normalized)[:, seeds:]
+    with np.errstate(invalid="ignore"):  # infinities of both signs
+        losses = losses.astype(np.float64).mean(axis=1)
+        scores = losses[:, -1] if criterion == "final" else losses.mean(axis=1)
+    best = int(np.argmin(np.where(np.isfinite(scores), scores, np.inf)))
+    rates = hypers["learning_rate"]
+    return Tuned(
+        curve=grid.pick(best)._replace(envelope=grid.envelope),
+        chosen={name: float(f"{values[best]:.6g}") for name, values in hypers.items()},
+        at_edge=rates.min() < rates.max() and rates[best] in (rates.min(), rates.max()),
+        grid=grid,
+        hypers=hypers,
+        scores=scores,
+    )
+
+
+def untuned(tuned: Tuned, **hyper: float) -> Curve:
+    """The grid's curve at given hyperparameters, as its own reference. ValueError if not in it."""
+    distance = sum(abs(tuned.hypers[name] / value - 1 if value else tuned.hypers[name])
+                   for name, value in hyper.items())  # fmt: skip
+    if distance.min() > 1e-3:
+        raise ValueError(f"`hyper` {hyper} is not in the grid {tuned.hypers}")
+    return tuned.grid.pick(int(distance.argmin()))
+
+
+def baseline_seconds(
+    baseline: Baseline, family: TaskFamily, *, key: Key, cache_dir: str | Path | None = None
+) -> tuple[float, float]:
+    """`timing.step_seconds` of a baseline, measured once per task and then read from the cache.
+
+    Both figures come from one measurement, so their ratio stays meaningful on another day.
+    """
+
+    def measure() -> dict[str, np.ndarray]:
+        return {"seconds": np.array(step_seconds(family, fixed(baseline), key))}
+
+    own, adam = cached(_seconds_path(baseline, family, cache_dir), ("seconds",), measure)["seconds"]
+    return float(own), float(adam)
+
+
+def prepare_seconds(
+    baseline: Baseline, family: TaskFamily, *, key: Key, cache_dir: str | Path | None = None
+) -> None:
+    """Compiles what `baseline_seconds` is going to need, if anything."""
+    if not _seconds_path(baseline, family, cache_dir).exists():
+        compile_steps(family, fixed(baseline), key)
+
+
+def _seconds_path(baseline, family, cache_dir) -> Path:
+    name = content_hash(family, baseline, "seconds", jax.default_backend())
+    return Path(cache_dir or default_directory()) / f"{baseline.name}-seconds-{name[:32]}.npz"
+
+
+def fixed(baseline: Baseline) -> MakeOptimizer:
+    """`baseline` at the first entry of its grid, with Python numbers: what a user would write."""
+    if baseline.make is adam_with_decay and baseline.weight_decays == (0.0,):
+        return reference_adam
+    return Fixed(baseline.make, baseline.learning_rates[0], baseline.weight_decays[0])
+
+
+class Fixed(NamedTuple):
+    """See `fixed`; hashable by value, so that it is compiled once."""
+
+    make: Callable
+    learning_rate: float
+    weight_decay: float
+
+    def __call__(self, _: Any) -> optax.GradientTransformation:
+        return self.make(lambda count: self.learning_rate, self.weight_decay)
+
+
+def _key_bytes(key: Key) -> bytes:
+    return np.asarray(jax.random.key_data(key)).tobytes()

@@ -1,0 +1,86 @@
+"""Backpropagation through the inner training, truncated or whole."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from learned_opt.base import Theta
+from meta_train.estimators import base
+from meta_train.estimators.truncated_es import Trajectory, init_trajectory
+from meta_train.unroll import InnerProblem, episode_loss
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TruncatedBPTT:
+    """Exact gradient of a window's mean loss for a fixed start state: biased as truncated ES is, without its variance.
+
+    Memory grows with the truncation; `Training(remat=True)` keeps one inner state per step.
+    """
+
+    truncated: ClassVar[bool] = True
+    problem: InnerProblem | None = None
+    particles: int = base.static(16)
+    first_particle: int | jax.Array = 0
+
+    __post_init__ = base.check_particles
+
+    @property
+    def unrolls(self) -> int:
+        return 1
+
+    def init(self, theta: Theta, key: base.Key) -> Trajectory:
+        return init_trajectory(self, theta, key)
+
+    def estimate(
+        self, theta: Theta, state: Trajectory, key: base.Key
+    ) -> tuple[base.Estimate, Trajectory]:
+        def particle(key, run):
+            reset_key, unroll_key = jax.random.split(key)
+
+            def loss(theta):
+                # the reset is inside: an initial state that depends on theta has its gradient
+                begun = self.problem.reset(theta, reset_key, run.episodes == 0)
+                start = base.select(run.fresh, begun, run.inner)
+                rollout, inner = self.problem.unroll(theta, start, unroll_key)
+                return jnp.mean(rollout.losses), (rollout.done, inner)
+
+            (value, (done, inner)), grad = jax.value_and_grad(loss, has_aux=True)(theta)
+            return base.Estimate(grad, value, {}), Trajectory(inner, done, run.episodes + run.fresh)
+
+        estimates, state = base.over_particles(self, particle, key, state)
+        return base.mean_estimate(estimates), state
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FullBPTT:
+    """Exact gradient of a whole episode's mean or final loss. For short horizons: long ones are chaotic."""
+
+    truncated: ClassVar[bool] = False
+    problem: InnerProblem | None = None
+    particles: int = base.static(16)
+    objective: Literal["mean", "final"] = base.static("mean")
+    first_particle: int | jax.Array = 0
+
+    __post_init__ = base.check_particles
+
+    @property
+    def unrolls(self) -> int:
+        return self.problem.windows
+
+    def init(self, theta: Theta, key: base.Key) -> None:
+        return None
+
+    def estimate(self, theta: Theta, state: None, key: base.Key) -> tuple[base.Estimate, None]:
+        def particle(key):
+            loss = lambda t: episode_loss(self.problem, t, key, self.objective)  # noqa: E731
+            value, grad = jax.value_and_grad(loss)(theta)
+            return base.Estimate(grad, value, {})
+
+        return base.mean_estimate(base.over_particles(self, particle, key)), state
+
+
+EXAMPLES = (TruncatedBPTT(particles=4), FullBPTT(particles=4))

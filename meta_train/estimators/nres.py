@@ -1,0 +1,46 @@
+"""Noise-reuse evolution strategies (arXiv 2304.12180): one noise per episode, reused by all its windows."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+
+from learned_opt.base import Theta
+from meta_train.estimators import antithetic, base
+from meta_train.unroll import InnerProblem
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NRES:
+    """Unbiased for the smoothed mean loss of an episode, with the least variance of the persistent family.
+
+    ES-Single (arXiv 2304.11153) is the same mechanism.
+    """
+
+    truncated: ClassVar[bool] = False
+    problem: InnerProblem | None = None
+    particles: int = base.static(16)
+    sigma: float = base.static(0.01)
+    first_particle: int | jax.Array = 0
+
+    __post_init__ = antithetic.check
+
+    @property
+    def unrolls(self) -> int:
+        return 2
+
+    def init(self, theta: Theta, key: base.Key) -> antithetic.Pair:
+        return antithetic.init(self, theta, key)
+
+    def estimate(
+        self, theta: Theta, state: antithetic.Pair, key: base.Key
+    ) -> tuple[base.Estimate, antithetic.Pair]:
+        def carry(past, new, fresh):
+            noise = base.select(fresh, new, past)
+            return noise, noise
+
+        return antithetic.estimate(self, theta, state, key, carry)
+
+
+EXAMPLES = (NRES(particles=4),)

@@ -1,0 +1,94 @@
+"""The outer loop: estimate a meta-gradient, take an optax step on theta, log, checkpoint; a for-loop to read and to copy."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from learned_opt.base import LearnedOptimizer, Theta
+from meta_train.checkpoint import Checkpoints
+from meta_train.estimators.base import Estimate, GradientEstimator
+
+Key = jax.Array
+
+
+class MetaState(NamedTuple):
+    """Everything a run is: the whole checkpoint, one pytree."""
+
+    theta: Theta
+    opt_state: optax.OptState
+    estimator_state: Any
+    key: Key
+    step: int
+
+
+def outer_optimizer(
+    learning_rate: float, steps: int, clip: float = 1.0, warmup: int = 0
+) -> optax.GradientTransformation:
+    """Adam behind global-norm clipping; linear warm-up, then cosine decay to a tenth over `steps`."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else learning_rate,
+        peak_value=learning_rate,
+        warmup_steps=warmup,
+        decay_steps=max(steps, warmup + 1),
+        end_value=0.1 * learning_rate,
+    )
+    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule))
+
+
+def start(
+    rule: LearnedOptimizer,
+    estimator: GradientEstimator,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+) -> MetaState:
+    """The state before the first step."""
+    init_key, particle_key, key = jax.random.split(jax.random.key(seed), 3)
+    theta = rule.init(init_key)
+    return MetaState(theta, optimizer.init(theta), estimator.init(theta, particle_key), key, 0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def outer_step(
+    optimizer: optax.GradientTransformation, theta: Theta, opt_state: Any, grad: Theta
+) -> tuple[Theta, Any, jax.Array]:
+    """Theta after one step, with non-finite gradient entries taken as zero; and the gradient's norm."""
+    grad = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0.0), grad)
+    updates, opt_state = optimizer.update(grad, opt_state, theta)
+    return optax.apply_updates(theta, updates), opt_state, optax.tree.norm(grad)
+
+
+def meta_train(
+    estimator: GradientEstimator,
+    optimizer: optax.GradientTransformation,
+    state: MetaState,
+    steps: int,
+    checkpoints: Checkpoints | None = None,
+    checkpoint_every: int = 100,
+    on_step: Callable[[int, Estimate, jax.Array], None] = lambda *_: None,
+) -> MetaState:
+    """Runs until `steps` outer steps are done and returns the final state, checkpointed.
+
+    The randomness of a step depends on the step alone, so a run that is resumed from a checkpoint ends bit-equal to one
+    that was never stopped. `on_step(step, estimate, gradient_norm)` is called after each step, for logs and progress. On
+    KeyboardInterrupt the last complete step is checkpointed before the interrupt goes on.
+    """
+    try:
+        for step in range(int(state.step), steps):
+            estimate, estimator_state = estimator.estimate(
+                state.theta, state.estimator_state, jax.random.fold_in(state.key, step)
+            )
+            theta, opt_state, norm = outer_step(
+                optimizer, state.theta, state.opt_state, estimate.grad
+            )
+            state = MetaState(theta, opt_state, estimator_state, state.key, step + 1)
+            on_step(step, estimate, norm)
+            if checkpoints and (step + 1) % checkpoint_every == 0:
+                checkpoints.save(step + 1, state)
+    finally:
+        if checkpoints:
+            checkpoints.save(int(state.step), state)
+    return state

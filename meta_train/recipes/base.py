@@ -1,0 +1,77 @@
+"""A recipe: everything that decides a meta-training run's result, as plain values that a JSON file and a command line can hold."""
+
+import dataclasses
+import json
+
+import optax
+
+import learned_opt
+import meta_train.estimators
+import tasks
+from learned_opt import discovery
+from learned_opt.base import LearnedOptimizer
+from meta_train.estimators.base import GradientEstimator
+from meta_train.outer_loop import outer_optimizer
+from meta_train.unroll import Training
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What to meta-train, on what, and how."""
+
+    rule: str = "small_fc"
+    """Update rule with its fields, e.g. "small_fc(hidden=8)". `learned-opt show` lists all."""
+    task: str = "image_mlp(data='digits/meta_train')"
+    """Task family with its fields; augmentations nest: "reparam(image_mlp(), level='tensor')"."""
+    estimator: str = "nres(particles=32)"
+    """Meta-gradient estimator with its fields, e.g. "pes(particles=64, sigma=0.02)"."""
+    horizon: tuple[int, int] = (500, 500)
+    """Inner steps of an episode: the range from which it is drawn log-uniformly."""
+    truncation: int = 50
+    """Inner steps per estimate; horizons are multiples of it."""
+    outer_steps: int = 1000
+    """Steps on theta."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of the outer Adam; decays to a tenth along a cosine."""
+    warmup: int = 0
+    """Outer steps of linear warm-up."""
+    clip: float = 1.0
+    """Global norm to which a meta-gradient is clipped."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self):
+        for name, least in (("outer_steps", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}")
+
+    def build_rule(self) -> LearnedOptimizer:
+        return discovery.build("rule", self.rule, discovery.members(learned_opt))
+
+    def build_estimator(self) -> GradientEstimator:
+        """The estimator over the training of the family's tasks with the rule.
+
+        Raises:
+          ValueError: a name or field is unknown or a value impossible.
+        """
+        family = discovery.build("task", self.task, discovery.members(tasks))
+        members = discovery.members(meta_train.estimators)
+        estimator = discovery.build("estimator", self.estimator, members)
+        # backpropagation through an unroll keeps every step's intermediates unless they are recomputed
+        remat = "bptt" in discovery.name_of(type(estimator))
+        problem = Training(family, self.build_rule(), tuple(self.horizon), self.truncation, remat)
+        return dataclasses.replace(estimator, problem=problem)
+
+    def build_optimizer(self) -> optax.GradientTransformation:
+        return outer_optimizer(self.learning_rate, self.outer_steps, self.clip, self.warmup)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        fields = json.loads(text)
+        return cls(**fields | {"horizon": tuple(fields["horizon"])})

@@ -1,0 +1,203 @@
+"""Any flax or haiku model becomes a task in one call: `from_flax`, `from_haiku`."""
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from tasks.base import Key, Params, Split, relative_loss
+from tasks.data import Batch, Dataset, load
+
+Loss = Callable[[Any, jax.Array], jax.Array]  # (outputs, targets) -> scalar, or one per example
+
+
+class Model(Protocol):
+    """A model without state, as two functions. It is a static field, so it is hashable and compares
+    by value.
+    """
+
+    def init(self, key: Key, inputs: jax.Array) -> Params: ...
+
+    def apply(self, params: Params, inputs: jax.Array) -> Any: ...
+
+    def state(self, key: Key, inputs: jax.Array) -> Any:
+        """What the model holds besides parameters; a tree without leaves when nothing."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelTask:
+    """One model on one dataset. It is also the family whose only member it is: `task(key)` is
+    `task`.
+    """
+
+    data: Dataset
+    model: Model = dataclasses.field(metadata={"static": True})
+    outputs_loss: Loss = dataclasses.field(metadata={"static": True})
+    batch_size: int = dataclasses.field(metadata={"static": True})
+    untrained: float = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, key: Key) -> "ModelTask":
+        return self
+
+    def init(self, key: Key) -> Params:
+        return self.model.init(key, jnp.zeros((1, *self.data.inputs.shape[1:])))
+
+    def batch(self, key: Key, split: Split) -> Batch:
+        return self.data.batch(key, split, self.batch_size)
+
+    def loss(self, params: Params, batch: Batch) -> jax.Array:
+        return jnp.mean(self.outputs_loss(self.model.apply(params, batch.inputs), batch.targets))
+
+    def normalize(self, loss: jax.Array) -> jax.Array:
+        return relative_loss(loss, self.untrained)
+
+
+def from_flax(
+    module: Any,
+    loss: Loss,
+    data: Dataset | str,
+    *,
+    batch_size: int = 64,
+    untrained: float | None = None,
+) -> ModelTask:
+    """A flax model as a family of one task.
+
+    Args:
+      module: a `flax.linen` module, or a function `rngs -> flax.nnx module`. Called with inputs
+        [batch, ...] float32.
+      loss: (outputs, targets [batch] int32) -> a scalar, or one number per example, which are
+        averaged.
+      data: a dataset, or a name for `tasks.data.load`.
+      untrained: the loss that `normalize` maps to 1; log(classes) when None.
+
+    `module` and `loss` become part of the jit key: pass the same objects (or equal ones) again and
+    nothing is compiled anew.
+
+    Raises:
+      ValueError: the model holds state besides its parameters (batch statistics, dropout keys), or
+        is not hashable.
+    """
+    from flax import linen, nnx
+
+    if isinstance(module, linen.Module):
+        return _model_task(_Linen(module), loss, data, batch_size, untrained)
+    if isinstance(module, nnx.Module) or not callable(module):
+        raise ValueError(
+            "`module` must be a linen module or a function rngs -> nnx module, got "
+            f"{type(module).__name__}; for nnx pass e.g. lambda rngs: Network(width=8, rngs=rngs)"
+        )
+    return _model_task(_Nnx(module), loss, data, batch_size, untrained)
+
+
+def from_haiku(
+    transformed: Any,
+    loss: Loss,
+    data: Dataset | str,
+    *,
+    batch_size: int = 64,
+    untrained: float | None = None,
+) -> ModelTask:
+    """A haiku model, `hk.transform(f)` or `hk.without_apply_rng(hk.transform(f))`, as a family;
+    else as `from_flax`.
+    """
+    import haiku as hk
+
+    if isinstance(transformed, hk.TransformedWithState):
+        raise ValueError(
+            "`transformed` carries haiku state, which a task cannot hold; use hk.transform"
+        )
+    return _model_task(_Haiku(transformed), loss, data, batch_size, untrained)
+
+
+def _model_task(
+    model: Model, loss: Loss, data: Dataset | str, batch_size: int, untrained: float | None
+) -> ModelTask:
+    data = load(data) if isinstance(data, str) else data
+    try:
+        hash((model, loss))
+    except TypeError as error:
+        raise ValueError(f"the model and `loss` must be hashable: {error}") from None
+    _check(model, tuple(data.inputs.shape[1:]))
+    untrained = math.log(data.classes) if untrained is None else untrained
+    return ModelTask(data, model, loss, batch_size, float(untrained))
+
+
+@functools.lru_cache(maxsize=128)
+def _check(model: Model, shape: tuple[int, ...]) -> None:
+    """Refuses a model with state, by its abstract values: nothing is computed."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    inputs = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    state = jax.eval_shape(model.state, key, inputs)
+    if jax.tree.leaves(state):
+        raise ValueError(
+            f"the model holds state besides its parameters, which a task cannot carry: {state}; "
+            "leave out batch statistics, dropout and the like"
+        )
+    jax.eval_shape(lambda key, x: model.apply(model.init(key, x), x), key, inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Linen:
+    module: Any
+
+    def init(self, key: Key, inputs: jax.Array) -> Params:
+        return self.module.init(key, inputs).get("params", {})
+
+    def apply(self, params: Params, inputs: jax.Array) -> Any:
+        return self.module.apply({"params": params}, inputs)
+
+    def state(self, key: Key, inputs: jax.Array) -> Any:
+        variables = self.module.init(key, inputs)
+        return {name: tree for name, tree in variables.items() if name != "params"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Nnx:
+    """The parameters are nnx's pure dict; the graph, which is static, is the same for every key."""
+
+    build: Callable[[Any], Any]
+
+    def init(self, key: Key, inputs: jax.Array) -> Params:
+        from flax import nnx
+
+        return nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(key)), nnx.Param))
+
+    def apply(self, params: Params, inputs: jax.Array) -> Any:
+        from flax import nnx
+
+        return nnx.merge(_graph(self.build), params)(inputs)
+
+    def state(self, key: Key, inputs: jax.Array) -> Any:
+        from flax import nnx
+
+        return nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(key)), nnx.Not(nnx.Param)))
+
+
+@functools.lru_cache(maxsize=128)
+def _graph(build: Callable[[Any], Any]) -> Any:
+    from flax import nnx
+
+    return nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Haiku:
+    transformed: Any
+
+    def init(self, key: Key, inputs: jax.Array) -> Params:
+        return self.transformed.init(key, inputs)
+
+    def apply(self, params: Params, inputs: jax.Array) -> Any:
+        # hk.without_apply_rng drops the argument.
+        takes_key = "rng" in inspect.signature(self.transformed.apply).parameters
+        return self.transformed.apply(params, *([None] if takes_key else []), inputs)
+
+    def state(self, key: Key, inputs: jax.Array) -> Any:
+        return ()

@@ -1,0 +1,24 @@
+"""One environment for every test and the processes it starts, set before jax is imported."""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+JAX_CACHE = Path(__file__).parent.parent / ".cache" / "jax"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(JAX_CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# made by the first process, be it pytest itself or xdist's controller; workers inherit it
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["LEARNED_OPT_CACHE"] = tempfile.mkdtemp(prefix="learned-opt-tests-")
+    atexit.register(shutil.rmtree, os.environ["LEARNED_OPT_CACHE"], ignore_errors=True)
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")

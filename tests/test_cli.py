@@ -1,0 +1,208 @@
+"""The command line: help, bad input in one line before any work, kill -9 and resume, export, evaluate."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import learned_opt
+from cluster import cli, run_directory
+from meta_train.recipes.base import Recipe
+
+TINY = [
+    *("--task", "quadratic(dimension=2)", "--rule", "small_fc(hidden=2)"),
+    *("--estimator", "pes(particles=2)", "--horizon", "4", "8", "--truncation", "2"),
+]
+
+
+def run(*arguments, code=0, capsys=None):
+    """Runs a command in this process; returns what it wrote to stdout and stderr."""
+    if code == 0:
+        cli.main([str(a) for a in arguments])
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(a) for a in arguments])
+        assert stopped.value.code == code
+    return capsys.readouterr() if capsys else None
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_complete_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert f"Example: learned-opt {command}" in out
+    fields = cli.COMMANDS[command].__dataclass_fields__
+    for name in fields.keys() - {"settings", "name"}:
+        assert f"--{name.replace('_', '-')}" in out
+    if "settings" in fields:
+        for name in Recipe.__dataclass_fields__:
+            assert f"--{name.replace('_', '-')}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rule", "smal_fc"], "unknown rule 'smal_fc'; did you mean 'small_fc'? Known: hyper"),
+        (["--rule", "small_fc(width=3)"], "unknown field of rule small_fc 'width'"),
+        (["--task", "image_mpl"], "did you mean 'image_mlp'?"),
+        (["--task", "image_mlp(data='digts')"], "'digits'"),
+        (["--estimator", "ness(particles=3)"], "unknown estimator 'ness'; did you mean 'nres'?"),
+        (["--estimator", "nres(particles=0)"], "`particles` must be at least 1, got 0"),
+        (["--estimator", "nres(particles=2)", "--workers", "3"], "`parts` must be between 1 and"),
+        (["--horizon", "130", "130", "--truncation", "50"], "multiple of `truncation`, got 130"),
+        (["--outer-steps", "0"], "`outer_steps` must be at least 1, got 0"),
+        (["--workers", "-1"], "`workers` must be 0"),
+        (["--address", "auto"], "`address` auto needs `workers` of at least 1"),
+        (["--workers", "1", "--address", "127.0.0.1:1"], "no Ray cluster at `address` 127.0.0.1:1"),
+        (["--recipe", "quikstart"], "did you mean 'quickstart'?"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tmp_path, capsys):
+    directory = tmp_path / "run"
+    _, err = run("meta-train", "--run-dir", directory, *arguments, code=2, capsys=capsys)
+    assert message in err
+    assert err.startswith("error: ")
+    assert len(err.strip().splitlines()) == 1
+    assert not directory.exists()
+
+
+def test_a_wrong_option_says_what_was_meant(capsys):
+    err = run("meta-train", "--run-dir", "x", "--outer-step", "3", code=2, capsys=capsys)
+    assert "--outer-steps" in err.err + err.out
+
+
+def test_other_commands_refuse_bad_input(tmp_path, capsys):
+    for arguments, message in (
+        (["evaluate", "--optimizer", "nope"], "no artifact 'nope'"),
+        (["evaluate", "--optimizer", "adam", "--suite", "heldout/quik"], "heldout/quick"),
+        (["evaluate", "--optimizer", "adam", "--suite", "foo"], "heldout/quick"),
+        (["evaluate", "--optimizer", "adam", "--steps", "0"], "`steps` must be at least 1"),
+        (["evaluate", "--optimizer", "adam", "--baselines", "adm"], "adam"),
+        (["report", "--run-dir", tmp_path], "holds no results.json"),
+        (["export", "--run-dir", tmp_path, "--out", tmp_path / "a"], "holds no run"),
+        (["show", "nope"], "no artifact 'nope'"),
+    ):
+        err = run(*arguments, code=2, capsys=capsys).err
+        assert message in err
+        assert len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_show_lists_everything_and_reads_cards(tmp_path, capsys):
+    out = run("show", capsys=capsys).out
+    for name in ("small_fc", "image_mlp", "nres", "digits", "heldout/quick", "quickstart"):
+        assert name in out
+    rule = learned_opt.artifact.discovery.build(
+        "rule", "small_fc", cli.discovery.members(learned_opt)
+    )
+    learned_opt.save(tmp_path / "a.safetensors", rule, rule.init(jax.random.key(0)), {"made": "so"})
+    out = run("show", tmp_path / "a.safetensors", capsys=capsys).out
+    assert "small_fc(hidden=4" in out
+    assert '"made": "so"' in out
+
+
+def start(directory, *arguments):
+    command = [sys.executable, "-m", "cluster.cli", "meta-train", "--run-dir", str(directory)]
+    return subprocess.Popen(
+        [*command, *TINY, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_line(directory, count, process):
+    deadline = time.monotonic() + 120
+    while len(run_directory.read_metrics(directory)) < count:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.01)
+
+
+def test_killed_interrupted_and_resumed_runs_end_bit_equal(tmp_path, capsys):
+    options = ["--outer-steps", "400", "--checkpoint-every", "50"]
+    run("meta-train", "--run-dir", tmp_path / "whole", *TINY, *options)
+
+    directory = tmp_path / "broken"
+    process = start(directory, *options)
+    wait_for_line(directory, 60, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (directory / "theta.safetensors").exists()
+
+    process = start(directory, *options, "--resume")
+    wait_for_line(directory, 120, process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert f"--resume --run-dir {directory}" in out
+
+    capsys.readouterr()
+    out = run("meta-train", "--run-dir", directory, "--resume", capsys=capsys).out  # its own recipe
+    assert "resuming at outer step" in out
+    rules, thetas, cards = zip(
+        *(learned_opt.read(tmp_path / name / "theta.safetensors") for name in ("whole", "broken")),
+        strict=True,
+    )
+    assert rules[0] == rules[1]
+    jax.tree.map(np.testing.assert_array_equal, *thetas)
+    assert cards[0]["inner_steps"] == 400 * 2 * 2 * 2
+    losses = [
+        [line["loss"] for line in run_directory.read_metrics(tmp_path / name)]
+        for name in ("whole", "broken")
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 400
+
+    out = run("meta-train", "--run-dir", directory, "--resume", capsys=capsys).out
+    assert "is finished" in out
+    err = run("meta-train", "--run-dir", directory, *TINY, *options, code=2, capsys=capsys).err
+    assert "exists and is not empty" in err
+    changed = [*TINY, "--rule", "hyperparams", "--resume"]
+    err = run("meta-train", "--run-dir", directory, *changed, code=2, capsys=capsys).err
+    assert "has another recipe" in err
+    assert "hyperparams" in err
+
+    run("export", "--run-dir", directory, "--out", tmp_path / "again.safetensors")
+    _, theta, _ = learned_opt.read(tmp_path / "again.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, theta, thetas[0])
+
+
+def test_something_that_is_no_run_is_not_resumed(tmp_path, capsys):
+    (tmp_path / "precious").write_text("x")
+    err = run("meta-train", "--run-dir", tmp_path, "--resume", code=2, capsys=capsys).err
+    assert "holds no run" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_evaluate_writes_results_and_a_report(tmp_path, capsys):
+    rule = learned_opt.artifact.discovery.build(
+        "rule", "small_fc", cli.discovery.members(learned_opt)
+    )
+    path = tmp_path / "mine.safetensors"
+    learned_opt.save(path, rule, rule.init(jax.random.key(0)), {})
+    arguments = ["--suite", "quadratic(dimension=2)", "--steps", "8", "--seeds", "2"]
+    out = run(
+        *("evaluate", "--optimizer", path, *arguments, "--baselines", "adam"),
+        *("--out-dir", tmp_path / "out"),
+        capsys=capsys,
+    ).out
+    assert "mine" in out
+    assert "adam" in out
+    assert json.loads((tmp_path / "out" / "results.json").read_text())
+    report = tmp_path / "out" / "report.html"
+    assert "<svg" in report.read_text()
+    report.unlink()
+    run("report", "--run-dir", tmp_path / "out")
+    assert report.exists()
+
+
+def test_no_ray_without_workers():
+    code = "import sys; from cluster import cli, jobs; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

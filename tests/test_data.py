@@ -1,0 +1,222 @@
+"""Datasets: splits, halves, names, and the TFDS route without TensorFlow and without network."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from tasks import data, tfds_source
+
+
+class TinyImages(tfds.core.GeneratorBasedBuilder):
+    """40 constant 6x6 images of brightness 5 * row, labelled row % 4."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Tensor(shape=(6, 6, 1), dtype=np.uint8),
+            "label": tfds.features.ClassLabel(num_classes=4),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        with open(os.environ["TFDS_DATA_DIR"] + "/prepared.log", "a") as log:
+            log.write("once\n")
+        for row in range(40):
+            image = np.full((6, 6, 1), 5 * row, np.uint8)
+            yield row, {"image": image, "label": row % 4}
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Empty folders for TFDS and for our cache; no dataset is remembered."""
+    (tmp_path / "tfds").mkdir()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setenv("LEARNED_OPT_CACHE", str(tmp_path / "cache"))
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    data.load.cache_clear()
+    yield tmp_path
+    data.load.cache_clear()
+
+
+def row_set(dataset, split):
+    start, stop = dataset.splits[data.SPLITS.index(split)]
+    return {row.tobytes() for row in np.asarray(dataset.inputs[start:stop])}
+
+
+def test_halves_and_splits_share_no_row():
+    whole, *halves = (data.load(f"synthetic{part}") for part in ("", "/meta_train", "/held_out"))
+    groups = [row_set(half, split) for half in halves for split in data.SPLITS]
+    assert [len(group) for group in groups] == [42, 9, 9, 42, 9, 9]
+    assert len(set.union(*groups)) == sum(map(len, groups)) == 120
+    assert set.union(*groups) == set.union(*(row_set(whole, split) for split in data.SPLITS))
+
+
+def test_batches_are_rows_of_their_split_with_their_targets():
+    dataset = data.synthetic()
+    target_of = {x.tobytes(): y for x, y in zip(dataset.inputs, dataset.targets, strict=True)}
+    draw = jax.jit(lambda d, keys: jax.vmap(lambda k: d.batch(k, "valid", 50))(keys))
+    batch = draw(dataset, jax.random.split(jax.random.key(0), 8))
+    assert batch.inputs.shape == (8, 50, 4, 4)
+    rows = np.asarray(batch.inputs).reshape(400, 4, 4)
+    assert {row.tobytes() for row in rows} == row_set(dataset, "valid")  # all 18 rows are drawn
+    expected = [target_of[row.tobytes()] for row in rows]
+    np.testing.assert_array_equal(batch.targets.ravel(), expected)
+
+
+def test_uint8_rows_become_floats_in_the_unit_interval():
+    inputs = np.arange(256, dtype=np.uint8).reshape(256, 1, 1)
+    dataset = data.Dataset(inputs, np.zeros(256, np.int32), "bytes", ((0, 256),) * 3, 2)
+    batch = dataset.batch(jax.random.key(0), "train", 2000)
+    assert batch.inputs.dtype == np.float32
+    assert float(batch.inputs.min()) == 0
+    assert float(batch.inputs.max()) == 1
+
+
+def test_tabular_rows_are_standardised_by_the_train_split():
+    dataset = data.load("wine/held_out")
+    train = dataset.inputs[slice(*dataset.splits[0])]
+    np.testing.assert_allclose(train.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(train.std(axis=0), 1, atol=1e-5)
+    assert abs(dataset.inputs.mean(axis=0)).max() > 1e-3
+
+
+def test_digits_are_those_of_sklearn():
+    from sklearn.datasets import load_digits
+
+    dataset, digits = data.load("digits"), load_digits()
+    ours = sorted((x.tobytes(), y) for x, y in zip(dataset.inputs, dataset.targets, strict=True))
+    images = (digits.images / 16).astype(np.float32)
+    assert ours == sorted((x.tobytes(), y) for x, y in zip(images, digits.target, strict=True))
+    assert data.load("digits@4x6/held_out").inputs.shape == (899, 4, 6)
+    assert data.load("digits") is dataset
+
+
+def test_repr_is_the_name_and_the_fingerprint_follows_the_content():
+    assert repr(data.load("synthetic/held_out")) == "'synthetic/held_out'"
+    assert data.load("synthetic") is data.synthetic()
+    changed = data.synthetic(seed=1)
+    assert data.synthetic().fingerprint != changed.fingerprint
+    copy = jax.tree.map(np.array, data.synthetic())
+    assert copy.fingerprint == data.synthetic().fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("digit", "`name` 'digit'. Did you mean 'digits'.*breast_cancer.*tfds:NAME"),
+        ("digits/heldout", "Did you mean 'digits/held_out'"),
+        ("digits@4", r"SOURCE\[@HxW\]"),
+        ("wine@4x4", "only images have a size"),
+        ("tfds:no_such_dataset", "`name` 'tfds:no_such_dataset'.*list_builders.*digits"),
+    ],
+)
+def test_wrong_names_say_what_exists(folders, name, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(name)
+
+
+def test_wrong_split():
+    with pytest.raises(ValueError, match=r"`split` 'training'. Did you mean 'train'"):
+        data.synthetic().batch(jax.random.key(0), "training", 2)
+
+
+def test_importing_tasks_loads_no_data_library_and_no_backend():
+    program = (
+        "import sys, tasks, jax._src.xla_bridge as bridge; from learned_opt import discovery;"
+        "discovery.examples(tasks); assert not bridge.backends_are_initialized();"
+        "assert not {'sklearn', 'tensorflow_datasets', 'PIL'} & set(sys.modules)"
+    )
+    root = str(Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=root)
+
+
+def test_tfds_without_tensorflow(folders, monkeypatch):
+    dataset = data.load("tfds:tiny_images@3x2/meta_train")
+    assert "tensorflow" not in sys.modules
+    assert dataset.inputs.shape == (20, 3, 2, 1)
+    assert dataset.inputs.dtype == np.uint8
+    assert dataset.classes == 4
+    rows = dataset.inputs[:, 0, 0, 0] // 5
+    np.testing.assert_array_equal(dataset.targets, rows % 4)
+    others = data.load("tfds:tiny_images@3x2/held_out").inputs[:, 0, 0, 0] // 5
+    assert sorted([*rows, *others]) == list(range(40))
+    np.testing.assert_array_equal(
+        dataset.inputs, np.broadcast_to(dataset.inputs[:, :1, :1], (20, 3, 2, 1))
+    )
+    monkeypatch.setattr(tfds_source, "_prepared", None)  # the cache alone must do
+    data.load.cache_clear()
+    assert data.load("tfds:tiny_images@3x2/meta_train").fingerprint == dataset.fingerprint
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "other rows", "empty"])
+def test_a_damaged_cache_is_rebuilt(folders, damage):
+    expected = data.load("tfds:tiny_images").fingerprint
+    (path,) = (folders / "cache").glob("*.npz")
+    whole = path.read_bytes()
+    if damage == "other rows":
+        with np.load(path) as file:
+            fields = dict(file)
+        np.savez(path, **fields | {"targets": fields["targets"][::-1]})
+    else:
+        middle = len(whole) // 2
+        flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+        path.write_bytes(
+            {"truncated": whole[:middle], "bit flipped": flipped, "empty": b""}[damage]
+        )
+    data.load.cache_clear()
+    assert data.load("tfds:tiny_images").fingerprint == expected
+    assert tfds_source._cached(path) is not None
+    assert not list((folders / "cache").glob("*.tmp"))
+
+
+def test_two_processes_prepare_once(folders):
+    program = (
+        "import test_data; from tasks.data import load; print(load('tfds:tiny_images').fingerprint)"
+    )
+    tests = Path(__file__).parent
+    env = os.environ | {"PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    command = [sys.executable, "-c", program]
+    started = [
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    prints = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    first, second = (text.split()[-1] for text in prints)  # TFDS prints its progress before
+    assert first == second
+    assert (folders / "tfds" / "prepared.log").read_text() == "once\n"
+
+
+@pytest.mark.parametrize("network", ["no such host", "no answer"])
+def test_offline_is_said_within_five_seconds(folders, monkeypatch, network):
+    never = threading.Event()
+
+    def getaddrinfo(*args, **kwargs):
+        never.wait(30 if network == "no answer" else 0)
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    began = time.monotonic()
+    with pytest.raises(
+        ConnectionError, match=r"`name` 'tfds:mnist'.*TFDS_DATA_DIR.*digits, breast"
+    ):
+        data.load("tfds:mnist")
+    assert time.monotonic() - began < 5
+    never.set()

@@ -1,0 +1,312 @@
+"""Curves against a plain loop, tuning against a known optimum, the cache, a whole evaluation."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from evaluation import baselines, curve, report, timing
+from evaluation.baselines import Baseline
+from evaluation.benchmark import DEFAULT, ORACLE, evaluate
+from evaluation.curve import train_curves
+from evaluation.results import load, save
+from evaluation.tuning import tune, untuned
+from tasks.base import relative_loss, train_step
+
+STEPS, SEEDS = 12, 2
+KEY = jax.random.key(5)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["centres", "noise"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Bowl:
+    """0.5 |x - centre|^2, the centre being data: gradient descent needs one step of 1."""
+
+    centres: jax.Array
+    noise: float = 0.0
+
+    def __call__(self, key):
+        del key
+        return self
+
+    def init(self, key):
+        return {"x": 2.0 + jax.random.normal(key, (3,))}
+
+    def batch(self, key, split):
+        offset = {"train": 0.0, "valid": 0.1, "test": 0.2}[split]
+        return self.centres[0] + self.noise * (offset + jax.random.normal(key, (3,)))
+
+    def loss(self, params, batch):
+        return 0.5 * jnp.sum((params["x"] - batch) ** 2)
+
+    def normalize(self, loss):
+        return relative_loss(loss, 6.0)
+
+
+def plain_sgd(learning_rate, weight_decay):
+    del weight_decay
+    return optax.sgd(learning_rate)
+
+
+def sgd_of(hyper):
+    return optax.sgd(hyper)
+
+
+QUIET = Bowl(jnp.zeros((4, 3)))
+NOISY = Bowl(jnp.ones((4, 3)), noise=0.3)
+SGD = Baseline("plain_sgd", plain_sgd, (0.01, 0.1, 1.0, 3.0), ("constant", "cosine"))
+
+
+def curves(family, hypers, **options):
+    budget = {"steps": STEPS, "seeds": SEEDS, "evals": 4, "key": KEY, **options}
+    return train_curves(family, sgd_of, jnp.asarray(hypers), **budget)
+
+
+def test_train_curves_equals_a_plain_loop():
+    got = curves(NOISY, [0.1, 0.5])
+    assert got.train.shape == (2, SEEDS, STEPS)
+    np.testing.assert_array_equal(got.eval_steps, [3, 6, 9, 12])
+    for g, rate in enumerate([0.1, 0.5]):
+        for seed in range(SEEDS):
+            key = jax.random.fold_in(KEY, seed)
+            _, init_key, batch_key, eval_key = jax.random.split(key, 4)
+            optimizer, params = optax.sgd(rate), NOISY.init(init_key)
+            state, train, valid, test = optimizer.init(params), [], [], []
+            for t in range(STEPS):
+                batch = NOISY.batch(jax.random.fold_in(batch_key, t), "train")
+                params, state, loss = train_step(NOISY, optimizer, params, state, batch)
+                train.append(loss)
+                if t + 1 in got.eval_steps:
+                    for index, (split, losses) in enumerate([("valid", valid), ("test", test)]):
+                        keys = jax.random.split(jax.random.fold_in(eval_key, index), 4)
+                        batches = [NOISY.batch(k, split) for k in keys]
+                        losses.append(np.mean([NOISY.loss(params, b) for b in batches]))
+            np.testing.assert_allclose(got.train[g, seed], train, rtol=1e-5)
+            np.testing.assert_allclose(got.valid[g, seed], valid, rtol=1e-5)
+            np.testing.assert_allclose(got.test[g, seed], test, rtol=1e-5)
+            np.testing.assert_allclose(
+                got.valid_normalized[g, seed], np.array(valid) / 6, rtol=1e-5
+            )
+
+
+@pytest.mark.parametrize("parallel", [1, 4])
+def test_grid_chunks_and_single_runs_agree(parallel):
+    rates = [0.1, 0.3, 0.5, 0.7]
+    grid = curves(NOISY, rates, parallel=parallel)
+    for g in (0, 3):
+        np.testing.assert_allclose(grid.train[g], curves(NOISY, [rates[g]]).train[0], rtol=1e-5)
+
+
+def test_divergence_is_data():
+    got = curves(QUIET, [1e30]).pick(0)
+    assert np.isfinite(got.train[:, 0]).all()
+    assert not np.isfinite(got.train[:, -1]).any()
+    np.testing.assert_array_equal(got.valid_normalized[:, -1], 2.0)
+
+
+def test_family_data_is_an_argument_of_the_program():
+    program = curve._program(jax.default_backend())
+    first = curves(Bowl(jnp.zeros((4, 3)), noise=0.3), [0.2])
+    count = program._cache_size()
+    second = curves(Bowl(jnp.ones((4, 3)), noise=0.3), [0.2])
+    assert program._cache_size() == count
+    assert not np.allclose(first.train, second.train)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(TypeError, match=r"`family` must be a pytree of arrays.*function"):
+        curves(lambda key: QUIET, [0.1])
+    with pytest.raises(ValueError, match="`evals` must be in"):
+        curves(QUIET, [0.1], evals=99)
+    with pytest.raises(ValueError, match="`seeds` must be at least 1"):
+        curves(QUIET, [0.1], seeds=0)
+    with pytest.raises(ValueError, match=r"no 'adm'; there are adam, .*baselines/quick"):
+        baselines.find("adm")
+    with pytest.raises(ValueError, match="`criterion` must be"):
+        tune(SGD, QUIET, steps=4, seeds=1, key=KEY, criterion="best")
+
+
+def test_baseline_grids():
+    for baseline in baselines.find("baselines/quick"):
+        assert len(baseline.learning_rates) >= 9
+        np.testing.assert_allclose(
+            np.diff(np.log10(baseline.learning_rates)), 0.5, atol=2e-3
+        )  # half decades
+
+
+def test_schedule_is_constant_or_cosine():
+    rates = []
+
+    def record(learning_rate, weight_decay):
+        rates.append([float(learning_rate(t)) for t in (0, 5, 10)])
+        return optax.identity()
+
+    for cosine in (0.0, 1.0):
+        make = baselines.Scheduled(record, steps=10)
+        make({"learning_rate": 0.2, "cosine": cosine, "weight_decay": 0.0})
+    np.testing.assert_allclose(rates, [[0.2, 0.2, 0.2], [0.2, 0.1, 0.0]], atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def tuned(cache_dir, **options):
+    budget = {"steps": STEPS, "seeds": SEEDS, "evals": 4, "key": KEY, **options}
+    return tune(SGD, QUIET, cache_dir=cache_dir, **budget)
+
+
+def test_tuning_finds_the_learning_rate_that_solves_the_bowl_in_one_step(cache_dir):
+    found = tuned(cache_dir)
+    assert found.chosen == {"learning_rate": 1.0, "cosine": 0.0, "weight_decay": 0.0}
+    assert not found.at_edge
+    np.testing.assert_allclose(found.curve.train[:, 1:], 0.0, atol=1e-10)
+    # Judged on the seeds that every other optimizer gets, which are not those it was tuned on.
+    np.testing.assert_allclose(found.curve.train, curves(QUIET, [1.0]).train[0], atol=1e-10)
+    np.testing.assert_allclose(found.scores[4], 0.0, atol=1e-10)
+    slow = untuned(found, learning_rate=0.1, cosine=0.0)
+    np.testing.assert_allclose(slow.train[:, 1], 0.81 * slow.train[:, 0], rtol=1e-5)
+    assert (found.curve.envelope <= found.grid.train[4].mean(axis=0) + 1e-6).all()
+
+
+def test_cache_hit_is_identical_and_a_damaged_file_is_recomputed(tmp_path, monkeypatch):
+    first = tuned(tmp_path)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluation.tuning.train_from", None)  # a hit trains nothing
+        jax.tree.map(np.testing.assert_array_equal, tuned(tmp_path)._asdict(), first._asdict())
+        for criterion in ("final", "train"):  # other choices from the same runs
+            assert tuned(tmp_path, criterion=criterion).chosen["learning_rate"] == 1.0
+        with pytest.raises(TypeError):
+            tuned(tmp_path, steps=STEPS - 4)  # another budget is no hit
+
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 0xFF]) + whole[middle + 1 :]
+    for damaged in (b"", b"not a zip file", whole[:middle], flipped):
+        path.write_bytes(damaged)
+        again = tuned(tmp_path)
+        jax.tree.map(np.testing.assert_array_equal, again._asdict(), first._asdict())
+        assert path.read_bytes() != damaged
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_cache_key_sees_data_fields_and_not_addresses():
+    from evaluation.cache import content_hash
+
+    base = content_hash(QUIET, SGD, 3)
+    assert base == content_hash(Bowl(jnp.zeros((4, 3))), dataclasses.replace(SGD), 3)
+    others = [
+        content_hash(Bowl(jnp.ones((4, 3))), SGD, 3),
+        content_hash(Bowl(jnp.zeros((4, 3)), noise=0.1), SGD, 3),
+        content_hash(QUIET, dataclasses.replace(SGD, learning_rates=(0.1,)), 3),
+        content_hash(QUIET, SGD, 4),
+    ]
+    assert len({base, *others}) == 5
+
+
+def test_step_seconds_tells_slow_from_fast():
+    def burn(_):
+        def update(updates, state, params=None):
+            wasted = jax.lax.fori_loop(0, 3000, lambda i, x: jnp.sin(x), updates["x"])
+            return jax.tree.map(lambda u: u + 0 * wasted, updates), state
+
+        return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+    slow, adam = timing.step_seconds(QUIET, burn, KEY, rounds=3, seconds=0.005)
+    assert slow > 3 * adam > 0
+    assert len(set(timing.step_seconds(QUIET, timing.reference_adam, KEY, rounds=2))) == 1
+
+
+def test_state_bytes_by_hand():
+    size = partial(curve.state_bytes_per_param, QUIET, hypers=np.zeros(1))
+    assert size(lambda _: optax.sgd(0.1)) == 0
+    assert size(lambda _: optax.sgd(0.1, momentum=0.9)) == 4
+    assert size(lambda _: optax.adam(0.1)) == pytest.approx(8 + 4 / 3)  # and its counter
+
+
+@pytest.fixture(scope="module")
+def results(cache_dir):
+    contenders = {
+        "my <new> rule": lambda horizon: optax.adam(optax.linear_schedule(0.5, 0.0, horizon)),
+        "explodes": lambda horizon: optax.sgd(1e30),
+    }
+    done = []
+    found = evaluate(
+        contenders,
+        {"bowl": NOISY, "quiet bowl": QUIET},
+        steps=STEPS,
+        seeds=SEEDS,
+        evals=4,
+        baselines=["sgd_momentum"],
+        cache_dir=cache_dir,
+        progress=lambda message, share: done.append(share),
+    )
+    assert done == sorted(done)
+    assert done[-1] == 1.0
+    return found
+
+
+def test_evaluation_rows_and_scores(results):
+    assert set(results.rows) == {
+        "my <new> rule", "explodes", "adam (tuned)", "sgd_momentum (tuned)", DEFAULT, ORACLE,
+    }  # fmt: skip
+    summary = results.summary
+    assert summary["adam (tuned)"]["mean_train_vs_tuned"] == [1.0, 1.0, 1.0]
+    assert summary[DEFAULT]["mean_train_vs_default"] == [1.0, 1.0, 1.0]
+    assert (
+        summary[DEFAULT]["mean_train_vs_tuned"][0]
+        < 1
+        < summary["my <new> rule"]["mean_train_vs_default"][0]
+    )
+    assert summary["explodes"]["divergence_rate"] == [1.0, 1.0, 1.0]
+    assert summary["explodes"]["mean_train_vs_tuned"] == [0.0, 0.0, 0.0]
+    assert summary[ORACLE]["mean_train_vs_tuned"][0] >= 0.999  # no worse than any in its grid
+    assert summary["sgd_momentum (tuned)"]["step_time_vs_adam"][0] > 0
+    assert results.rows["adam (tuned)"]["chosen"]["bowl"]["learning_rate"] > 1e-3
+
+
+def test_results_round_trip_and_refuse_damage(results, tmp_path):
+    path = tmp_path / "runs" / "results.json"
+    save(results, path)
+    assert load(path) == results
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"`path` .* is not a results file"):
+        load(path)
+    path.write_text('{"schema": 99}')
+    with pytest.raises(ValueError, match="schema 99"):
+        load(path)
+
+
+def test_report_is_complete_and_needs_no_network(results, tmp_path):
+    path = tmp_path / "report.html"
+    records = [{"step": i, "loss": 2.0 / (1 + i)} for i in range(50)]
+    report.render(results, path, metrics=[*records, {"step": 50, "loss": None}])
+    page = path.read_text()
+    for name in ("my &lt;new&gt; rule", "explodes", "adam (tuned)", DEFAULT, ORACLE, "quiet bowl"):
+        assert name in page
+    assert page.count("<svg") == 3
+    for outside in ("http:", "https:", "src=", "<script", "@import", "//"):
+        assert outside not in page
+    report.plot_curves(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert report.table(results).row_count == len(results.rows)
+
+
+def test_evaluate_refuses_before_any_work(monkeypatch):
+    monkeypatch.setattr("evaluation.benchmark._run", None)
+    run = partial(evaluate, steps=4, seeds=1, evals=2)
+    with pytest.raises(ValueError, match="`contenders` uses names of baselines"):
+        run({"adam (tuned)": optax.sgd}, {"bowl": QUIET})
+    with pytest.raises(ValueError, match="`suite` must hold at least one"):
+        run({}, {})
+    with pytest.raises(ValueError, match="`baselines` has no 'adamm'"):
+        run({}, {"bowl": QUIET}, baselines=["adamm"])
+    with pytest.raises(TypeError, match="`family` must be a pytree"):
+        run({}, {"bowl": lambda key: QUIET})

@@ -1,0 +1,125 @@
+"""Trajectories of published optimizers, recorded from the methods' own implementations.
+
+golden/small_fc.npz holds two thetas: `step1` (as initialised, step size 1) and `perturbed` (every
+decay and bias moved, the published step size 1e-3). Five fixed gradients per problem; `edge` has a
+scalar, ties between axes, zero and huge gradients.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from learned_opt.features import factored_axes
+from learned_opt.small_fc import SmallFC
+
+GOLDEN = Path(__file__).parent / "golden" / "small_fc.npz"
+STEPS = 5
+STEP_SIZES = {"step1": 1.0, "perturbed": 1e-3}
+EPSILON = np.finfo(np.float32).eps
+
+
+@functools.cache
+def golden():
+    with np.load(GOLDEN) as file:
+        return {name: file[name] for name in file.files}
+
+
+def under(prefix):
+    return {k.removeprefix(prefix): v for k, v in golden().items() if k.startswith(prefix)}
+
+
+def theta_of(tag):
+    leaves = under(f"{tag}/theta/")
+    decays = {
+        "momentum_decays": leaves.pop("momentum_decays"),
+        "rms_decays": leaves.pop("rms_decays"),
+        "factored_decays": leaves.pop("adafactor_decays"),
+    }
+    return jax.tree.map(jnp.asarray, {"mlp": leaves, **decays})
+
+
+def looped(transform, rule, params, grads, theta):
+    """Params after each step, stacked, and the last state."""
+    optimizer = rule.optimizer(theta)
+    update, state, visited = transform(optimizer.update), optimizer.init(params), []
+    for i in range(STEPS):
+        updates, state = update({k: g[i] for k, g in grads.items()}, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        visited.append(params)
+    return jax.tree.map(lambda *p: jnp.stack(p), *visited), state
+
+
+def scanned(rule, params, grads, theta):
+    optimizer = rule.optimizer(theta)
+
+    def step(carry, grads):
+        params, state = carry
+        updates, state = optimizer.update(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        return (params, state), params
+
+    (_, state), visited = jax.lax.scan(step, (params, optimizer.init(params)), grads)
+    return visited, state
+
+
+def vmapped(rule, params, grads, theta):
+    """The lane of `theta` before one of every theta: lanes must not mix."""
+    thetas = [theta] + [theta_of(tag) for tag in STEP_SIZES]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *thetas)
+    lanes = jax.vmap(functools.partial(scanned, rule, params, grads))(stacked)
+    return jax.tree.map(lambda x: x[0], lanes)
+
+
+MODES = {
+    "plain": functools.partial(looped, lambda f: f),
+    "jit": functools.partial(looped, jax.jit),
+    "scan": scanned,
+    "vmap": vmapped,
+}
+
+
+def assert_close(got, want, tolerance, name):
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape, name
+    assert np.max(np.abs(got - want)) <= tolerance * np.max(np.abs(want)), name
+
+
+@pytest.mark.parametrize("problem", ["mlp", "edge"])
+@pytest.mark.parametrize("tag", STEP_SIZES)
+@pytest.mark.parametrize("mode", MODES)
+def test_small_fc_follows_the_published_trajectory(mode, tag, problem):
+    rule = SmallFC(hidden=4, step_size=STEP_SIZES[tag])
+    params, grads = (
+        jax.tree.map(jnp.asarray, under(f"{problem}/{kind}/")) for kind in ("params", "grads")
+    )
+    visited, state = MODES[mode](rule, params, grads, theta_of(tag))
+
+    want = under(f"{tag}/{problem}/params/")
+    assert want.keys() == params.keys()
+    for name, published in want.items():
+        assert_close(visited[name], published, 1e-5, name)
+        # A step size of 1e-3 hides errors of the direction behind the size of the params, so the
+        # movement is compared too,
+        # up to the rounding of params of that size, half an ulp for each of our and their
+        # additions.
+        start = params[name][None]
+        movement = published - start
+        rounding = STEPS * EPSILON * np.max(np.abs(published)) / np.max(np.abs(movement))
+        assert_close(visited[name] - start, movement, 1e-5 + rounding, name)
+
+    assert int(state.count) == STEPS
+    for name in params:
+        key, factored = f"{tag}/{problem}/{{}}/{name}", state.factored[name]
+        want_of = lambda kind: np.moveaxis(golden()[key.format(kind)], -1, 0)  # noqa: B023, E731
+        assert_close(state.momentum[name], want_of("momentum"), 1e-5, name)
+        assert_close(state.rms[name], want_of("rms"), 1e-5, name)
+        axes = factored_axes(params[name].shape)
+        if axes is None:
+            assert_close(factored.row, want_of("v_diag"), 1e-5, name)
+        else:
+            assert_close(np.squeeze(factored.row, axes[1] + 1), want_of("v_row"), 1e-5, name)
+            assert_close(np.squeeze(factored.col, axes[0] + 1), want_of("v_col"), 1e-5, name)

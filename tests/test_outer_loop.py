@@ -1,0 +1,109 @@
+"""The outer loop and its checkpoints: exact optimum reached, poison survived, resume bit-equal."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from learned_opt.hyperparams import Hyperparams
+from meta_train.checkpoint import Checkpoints
+from meta_train.estimators.base import Estimate
+from meta_train.estimators.compiled import Compiled
+from meta_train.estimators.nres import NRES
+from meta_train.outer_loop import MetaState, meta_train, outer_optimizer, start
+from meta_train.unroll import Training
+from tasks.quadratic import Quadratic
+
+
+class Bowl:
+    """An estimator with the exact gradient of (theta - 3)^2 / 2, poisoned at given steps."""
+
+    def __init__(self, poison=()):
+        self.poison, self.count = poison, 0
+
+    def init(self, theta, key):
+        return jnp.zeros(())
+
+    def estimate(self, theta, state, key):
+        grad = theta - 3.0
+        if self.count in self.poison:
+            grad = grad.at[0].set(jnp.nan).at[1].set(jnp.inf)
+        self.count += 1
+        return Estimate(grad, 0.5 * jnp.sum((theta - 3.0) ** 2), {}), state + 1
+
+
+def state_of(theta, optimizer):
+    return MetaState(theta, optimizer.init(theta), jnp.zeros(()), jax.random.key(0), 0)
+
+
+def test_reaches_the_optimum_and_survives_non_finite_gradients():
+    optimizer = outer_optimizer(0.1, steps=300)
+    theta = jnp.zeros(3)
+    final = meta_train(Bowl(poison=(5, 50)), optimizer, state_of(theta, optimizer), 300)
+    np.testing.assert_allclose(final.theta, 3.0, atol=1e-2)
+    assert final.step == 300
+
+
+def test_gradients_are_clipped_by_global_norm():
+    """With plain SGD behind the clip, a step is at most the learning rate long."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5))
+    final = meta_train(Bowl(), optimizer, state_of(jnp.full(4, 1e6), optimizer), 1)
+    assert np.linalg.norm(final.theta - 1e6) <= 0.5 + 0.5 * 4 * 0.0625  # float32 spacing at 1e6
+
+
+def test_schedule_warms_up_and_decays():
+    optimizer = outer_optimizer(1.0, steps=100, clip=1e9, warmup=10)
+    state, theta, sizes = optimizer.init(jnp.zeros(())), jnp.zeros(()), []
+    for _ in range(100):
+        update, state = optimizer.update(jnp.ones(()), state, theta)
+        sizes.append(-float(update))  # Adam's step for constant gradients is the learning rate
+    assert sizes[0] == 0.0
+    assert sizes[10] == pytest.approx(1.0, rel=1e-3)
+    assert sizes[5] == pytest.approx(0.5, rel=1e-3)
+    assert sizes[99] == pytest.approx(0.1, rel=2e-2)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return Training(Quadratic(dimension=3), Hyperparams(knots=2), (4, 8), 2)
+
+
+def test_resume_is_bit_equal_and_an_interrupt_is_checkpointed(tmp_path, problem):
+    estimator, optimizer = Compiled(NRES(problem, particles=3)), outer_optimizer(0.1, 12)
+
+    def begin():
+        return start(problem.rule, estimator, optimizer, seed=4)
+
+    undisturbed = meta_train(estimator, optimizer, begin(), 12)
+
+    def interrupt(step, *_):
+        if step == 6:
+            raise KeyboardInterrupt
+
+    checkpoints = Checkpoints(tmp_path / "run", keep=2)
+    with pytest.raises(KeyboardInterrupt):
+        meta_train(
+            estimator, optimizer, begin(), 12, checkpoints, checkpoint_every=5, on_step=interrupt
+        )
+    assert checkpoints.latest() == 7  # the interrupted step was complete
+    resumed = meta_train(estimator, optimizer, checkpoints.restore(begin()), 12)
+    raw = lambda s: s._replace(key=jax.random.key_data(s.key))  # noqa: E731
+    jax.tree.map(np.testing.assert_array_equal, raw(undisturbed), raw(resumed))
+
+
+def test_checkpoints_keep_the_newest_and_refuse_others(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        checkpoints.restore({"a": jnp.zeros(2)})
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"a": jnp.full(2, step), "empty": jnp.zeros((3, 0))})
+    np.testing.assert_array_equal(
+        checkpoints.restore({"a": jnp.zeros(2, int), "empty": jnp.zeros((3, 0))})["a"], 3
+    )
+    with pytest.raises(FileNotFoundError, match="step 1"):
+        checkpoints.restore({"a": jnp.zeros(2, int)}, step=1)
+    with pytest.raises(ValueError, match="another rule, task or estimator"):
+        checkpoints.restore({"a": jnp.zeros(3, int), "empty": jnp.zeros((3, 0))})
+    (tmp_path / "9.orbax-checkpoint-tmp").mkdir()  # what a kill during a save leaves
+    assert Checkpoints(tmp_path).latest() == 3

@@ -1,0 +1,421 @@
+"""The contract of every update rule: an ordinary optax transformation, exported and meta-trained.
+
+A new file in learned_opt with `EXAMPLES` is tested without being named here.
+"""
+
+import dataclasses
+import functools
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+from jax.sharding import NamedSharding, PartitionSpec
+
+import learned_opt
+from learned_opt import artifact, base, discovery
+from learned_opt.hyperparams import Hyperparams
+
+RULES = discovery.examples(learned_opt)
+HORIZON = 10
+SHAPES = {
+    "scalar": (),
+    "vector": (3,),
+    "matrix": (4, 3),
+    "conv": (3, 3, 2, 4),
+    "five": (2, 1, 3, 1, 2),
+}
+SOME = ("scalar", "matrix")
+for_each_rule = pytest.mark.parametrize(
+    "rule", RULES, ids=[discovery.name_of(type(rule)) for rule in RULES]
+)
+
+
+def tree(seed, shapes=SHAPES, dtype=jnp.float32, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return {k: jnp.asarray(scale * rng.normal(size=s), dtype) for k, s in shapes.items()}
+
+
+def only(tree, names):
+    return {name: tree[name] for name in names}
+
+
+PARAMS, GRADS = tree(0), [tree(1), tree(2, scale=0.1)]
+
+
+@functools.cache
+def theta_of(rule):
+    """A theta somewhere: nothing that starts at zero stays there."""
+    leaves, treedef = jax.tree.flatten(rule.init(jax.random.key(0)))
+    rng = np.random.default_rng(3)
+    noise = [0.05 * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
+    return jax.tree.unflatten(treedef, jax.tree.map(jnp.add, leaves, noise))
+
+
+@functools.cache
+def optimizer_of(rule):
+    return rule.optimizer(theta_of(rule), HORIZON)
+
+
+def run(optimizer, params, grads, state=None):
+    """Updates of jitted steps that leave the params, given the loss and an unknown keyword."""
+    state = optimizer.init(params) if state is None else state
+    update = jax.jit(optax.with_extra_args_support(optimizer).update)
+    updates = []
+    for i, grad in enumerate(grads):
+        loss = jnp.float32(2.0 - i)
+        found, state = update(grad, state, params, value=loss, unheard_of=jnp.ones(2))
+        updates.append(found)
+    return updates, state
+
+
+@functools.cache
+def plain(rule, names=tuple(SHAPES)):
+    """What the bare rule does, for the wrappers to be compared with."""
+    return run(optimizer_of(rule), only(PARAMS, names), [only(g, names) for g in GRADS])[0]
+
+
+def assert_close(got, want, tolerance=1e-5):
+    """Equal structures; per leaf, errors up to `tolerance` of its largest element."""
+
+    def leaf(path, got, want):
+        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+        bound = tolerance * np.max(np.abs(want), initial=0.0)
+        assert np.max(np.abs(got - want), initial=0.0) <= bound, jax.tree_util.keystr(path)
+
+    jax.tree_util.tree_map_with_path(leaf, got, want)
+
+
+def scaled(factor, updates):
+    return jax.tree.map(lambda u: factor * u, updates)
+
+
+def all_finite(tree):
+    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(tree))
+
+
+@for_each_rule
+def test_updates_are_like_params(rule):
+    assert isinstance(rule, base.LearnedOptimizer)
+    for updates in plain(rule):
+        assert all_finite(updates)
+        for name, shape in SHAPES.items():
+            assert (updates[name].shape, updates[name].dtype) == (shape, jnp.float32)
+            assert np.any(updates[name]), f"{name} does not move"
+
+
+@for_each_rule
+def test_chain(rule):
+    """Clipping before and scaling after are what they are outside of a chain."""
+    norm = np.sqrt(sum(np.sum(np.square(g)) for g in GRADS[0].values()))
+    assert norm > 2.0
+    clipped = [scaled(2.0 / norm, GRADS[0]), GRADS[1]]
+    want = run(optimizer_of(rule), PARAMS, clipped)[0]
+    chain = optax.chain(optax.clip_by_global_norm(2.0), optimizer_of(rule), optax.scale(0.5))
+    assert_close(run(chain, PARAMS, GRADS)[0], [scaled(0.5, updates) for updates in want])
+
+
+@for_each_rule
+def test_masked(rule):
+    masked = optax.masked(optimizer_of(rule), {name: name in SOME for name in SHAPES})
+    updates, _ = run(masked, PARAMS, GRADS)
+    others = SHAPES.keys() - set(SOME)
+    assert_close([only(u, SOME) for u in updates], plain(rule, SOME))
+    assert_close([only(u, others) for u in updates], [only(g, others) for g in GRADS], 0.0)
+
+
+@for_each_rule
+def test_multi_transform(rule):
+    labels = {name: "learned" if name in SOME else "sgd" for name in SHAPES}
+    both = optax.multi_transform({"learned": optimizer_of(rule), "sgd": optax.sgd(0.5)}, labels)
+    updates, _ = run(both, PARAMS, GRADS)
+    others = SHAPES.keys() - set(SOME)
+    assert_close([only(u, SOME) for u in updates], plain(rule, SOME))
+    assert_close([only(u, others) for u in updates], [scaled(-0.5, only(g, others)) for g in GRADS])
+
+
+@for_each_rule
+def test_inject_hyperparams(rule):
+    """A hyperparameter in the state may be changed between two steps."""
+
+    def build(multiplier):
+        return optax.chain(optimizer_of(rule), optax.scale(multiplier))
+
+    injected = optax.inject_hyperparams(build)(multiplier=1.0)
+    first, state = run(injected, PARAMS, GRADS[:1])
+    state.hyperparams["multiplier"] = jnp.asarray(0.25)
+    second, _ = run(injected, PARAMS, GRADS[1:], state)
+    assert_close(first[0], plain(rule)[0])
+    assert_close(second[0], scaled(0.25, plain(rule)[1]))
+
+
+@for_each_rule
+def test_flatten(rule):
+    ravel = lambda tree: ravel_pytree(tree)[0]  # noqa: E731
+    want, _ = run(optimizer_of(rule), ravel(PARAMS), [ravel(g) for g in GRADS])
+    updates, _ = run(optax.flatten(optimizer_of(rule)), PARAMS, GRADS)
+    assert jax.tree.map(jnp.shape, updates[0]) == SHAPES
+    assert_close([ravel(u) for u in updates], want)
+
+
+@for_each_rule
+def test_apply_if_finite(rule):
+    """A rejected step moves nothing and leaves no trace in the rule's state."""
+    broken = GRADS[0] | {"vector": jnp.asarray([1.0, jnp.nan, 2.0])}
+    safe = optax.apply_if_finite(optimizer_of(rule), max_consecutive_errors=3)
+    updates, state = run(safe, PARAMS, [GRADS[0], broken, GRADS[1]])
+    assert int(state.total_notfinite) == 1
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates[1]))
+    first, _ = run(optimizer_of(rule), PARAMS, GRADS[:1])
+    assert_close(updates[0], first[0])
+    # the loss is another in the third step than in plain's second
+    update = optimizer_of(rule).update
+    _, after_first = run(optimizer_of(rule), PARAMS, GRADS[:1])
+    want, _ = update(GRADS[1], after_first, PARAMS, value=jnp.float32(0.0))
+    assert_close(updates[2], want)
+
+
+@for_each_rule
+def test_bfloat16(rule):
+    """Updates have the params' precision; accumulators do not, or a decay of 0.999 would be 1.
+
+    Constant gradients over more steps than bfloat16 can count, then the update of a float32 run on
+    the same numbers.
+    """
+    steps = 400
+    optimizer = rule.optimizer(theta_of(rule), steps)
+    half = jnp.bfloat16
+    params, grads = tree(0, dtype=half), tree(1, dtype=half)
+    shapes = {"vector": (3,), "matrix": (4, 3)}
+    params, grads = only(params, shapes), only(grads, shapes)
+
+    def last(params, grads):
+        def step(state, i):
+            scale = jnp.where(i < steps // 2, 1.0, 0.125)
+            grad = jax.tree.map(lambda g: (scale * g).astype(g.dtype), grads)
+            updates, state = optimizer.update(grad, state, params, value=jnp.float32(1.0))
+            return state, updates
+
+        _, updates = jax.lax.scan(step, optimizer.init(params), jnp.arange(steps))
+        return {k: u[-1] for k, u in updates.items()}
+
+    last = jax.jit(last)
+    single = jax.tree.map(lambda x: x.astype(jnp.float32), (params, grads))
+    updates = last(params, grads)
+    assert {u.dtype for u in updates.values()} == {jnp.dtype(half)}
+    # one rounding to eight bits
+    assert_close(updates, last(*single), 2.0**-8)
+    # gradients of another precision than the params
+    mixed = last(params, single[1])
+    assert {u.dtype for u in mixed.values()} == {jnp.dtype(half)}
+
+
+@for_each_rule
+def test_eval_shape_creates_no_array(rule):
+    """400 TB of params, so an array would not go unnoticed."""
+    init = optimizer_of(rule).init
+    jax.eval_shape(init, {"w": jax.ShapeDtypeStruct((10**7, 10**7), jnp.float32)})
+    shapes = jax.eval_shape(init, PARAMS)
+    state = init(PARAMS)
+    assert jax.tree.structure(shapes) == jax.tree.structure(state)
+    describe = lambda x: (x.shape, x.dtype, x.weak_type)  # noqa: E731
+    assert jax.tree.map(describe, shapes) == jax.tree.map(describe, state)
+    updates, after = optimizer_of(rule).update(GRADS[0], state, PARAMS, value=jnp.float32(1.0))
+    assert jax.tree.map(describe, after) == jax.tree.map(describe, state), "state changes its type"
+    assert jax.tree.structure(updates) == jax.tree.structure(PARAMS)
+
+
+@for_each_rule
+def test_rule_is_a_value(rule):
+    copy = pickle.loads(pickle.dumps(rule))
+    assert copy == rule
+    assert hash(copy) == hash(rule)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(rule, dataclasses.fields(rule)[0].name, None)
+    spec = discovery.spec_of(rule)
+    assert discovery.build("rule", spec, discovery.members(learned_opt)) == rule
+
+
+@for_each_rule
+def test_second_step_compiles_nothing(rule):
+    traces = []
+
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def step(grads, state, params, loss):
+        traces.append(1)
+        updates, state = optimizer_of(rule).update(grads, state, params, value=loss)
+        return optax.apply_updates(params, updates), state
+
+    params = only(tree(0), SOME)
+    state = optimizer_of(rule).init(params)
+    first = params["matrix"]
+    for i in range(3):
+        params, state = step(only(GRADS[0], SOME), state, params, jnp.float32(i))
+    assert first.is_deleted(), "the params were not donated"
+    assert len(traces) == 1
+
+
+@for_each_rule
+def test_artifact_round_trip(rule, tmp_path):
+    theta, card = theta_of(rule), {"recipe": "none", "seed": 3, "cost": {"hours": 0.1}, "x": None}
+    path = tmp_path / "exported.safetensors"
+    artifact.save(path, rule, theta, card)
+    found_rule, found_theta, found_card = artifact.read(path)
+    assert found_rule == rule
+    assert type(found_rule) is type(rule)
+    assert found_card == card
+    assert jax.tree.structure(found_theta) == jax.tree.structure(theta)
+    for got, want in zip(jax.tree.leaves(found_theta), jax.tree.leaves(theta), strict=True):
+        assert got.dtype == want.dtype
+        assert got.shape == want.shape
+        assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+    loaded = learned_opt.load(path, horizon=HORIZON)
+    assert_close(run(loaded, PARAMS, GRADS)[0], plain(rule), 1e-6)
+
+
+def unroll(rule, theta):
+    """Three steps on a loss that ignores one param: the last loss, a weighted sum of updates."""
+    shapes = {"vector": (3,), "matrix": (4, 3), "dead": ()}
+    data, weights, params = tree(4, shapes), tree(6, shapes) | {"dead": 0.0}, tree(5, shapes)
+
+    def loss(params):
+        hidden = jnp.tanh(params["matrix"] * data["matrix"] + 0.3)
+        return jnp.mean(jnp.square(hidden @ params["vector"] - data["matrix"][:, 0]))
+
+    optimizer = rule.optimizer(theta, HORIZON)
+
+    def step(carry, _):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grads, state, params, value=value)
+        moved = sum(jnp.sum(w * updates[name]) for name, w in weights.items())
+        return (optax.apply_updates(params, updates), state), moved
+
+    (params, _), moved = jax.lax.scan(step, (params, optimizer.init(params)), length=3)
+    return jnp.stack([loss(params), jnp.sum(moved)])
+
+
+@for_each_rule
+def test_meta_gradient(rule):
+    """Against central differences along the gradient and along random directions.
+
+    The sum of updates is compared rather than the loss, whose constant part would drown the
+    differences of float32. With steps of 3e-3 their rounding is 1e-7 / 3e-3 of the updates, their
+    curvature (10 * 3e-3)^2 / 6 for learned decays.
+    """
+    flat, unravel = ravel_pytree(theta_of(rule))
+    outcome = jax.jit(lambda flat: unroll(rule, unravel(flat)))
+    of_loss, of_movement = np.asarray(jax.jit(jax.jacrev(outcome))(flat), np.float64)
+    assert np.all(np.isfinite(of_loss))
+    assert np.any(of_loss)
+
+    norm, rng = np.linalg.norm(of_movement), np.random.default_rng(7)
+    random = rng.normal(size=(4, flat.size)) / np.sqrt(flat.size)
+    for direction in [of_movement / norm, *random]:
+        step = jnp.asarray(3e-3 * direction, flat.dtype)
+        slope = float(outcome(flat + step)[1] - outcome(flat - step)[1]) / 6e-3
+        assert abs(slope - of_movement @ direction) <= 5e-3 * norm
+
+
+@for_each_rule
+def test_horizon_may_be_traced(rule):
+    @jax.jit
+    def update(horizon, theta):
+        optimizer = rule.optimizer(theta, horizon)
+        state = optimizer.init(PARAMS)
+        for grads in GRADS:
+            updates, state = optimizer.update(grads, state, PARAMS, value=jnp.float32(1.0))
+        return updates
+
+    got = update(jnp.asarray(7), theta_of(rule))
+    optimizer = rule.optimizer(theta_of(rule), 7)
+    state = optimizer.init(PARAMS)
+    step = jax.jit(optimizer.update)
+    for grads in GRADS:
+        want, state = step(grads, state, PARAMS, value=jnp.float32(1.0))
+    assert_close(got, want)
+
+
+@for_each_rule
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e4, 1e15])
+def test_extreme_gradients_give_finite_updates(rule, scale):
+    updates, state = run(optimizer_of(rule), PARAMS, [scaled(scale, g) for g in GRADS])
+    assert all_finite(updates)
+    assert all_finite([x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)])
+
+
+@for_each_rule
+def test_nan_gradients_do_not_raise(rule):
+    updates, _ = run(optimizer_of(rule), PARAMS, [scaled(jnp.nan, g) for g in GRADS])
+    assert jax.tree.map(jnp.shape, updates[1]) == SHAPES
+
+
+@for_each_rule
+def test_params_need_not_be_jax_arrays(rule):
+    params = {"scalar": float(PARAMS["scalar"]), "matrix": np.asarray(PARAMS["matrix"])}
+    grads = {"scalar": float(GRADS[0]["scalar"]), "matrix": np.asarray(GRADS[0]["matrix"])}
+    optimizer = optimizer_of(rule)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params, value=2.0)
+    assert_close(updates, plain(rule, SOME)[0])
+
+
+@for_each_rule
+def test_sharded_params_and_state(rule):
+    """Every leaf with an axis that eight devices can share is split over them along it."""
+    devices = jax.device_count()
+    assert devices == 8, "tests/conftest.py asks for eight host devices"
+    mesh = jax.make_mesh((devices,), ("d",))
+
+    def spread(leaf):
+        split = [i for i, n in enumerate(leaf.shape) if n and n % devices == 0][:1]
+        spec = PartitionSpec(*("d" if [i] == split else None for i in range(leaf.ndim)))
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    shapes = {"scalar": (), "vector": (16,), "matrix": (3, 8), "conv": (3, 3, 8, 4)}
+    params, grads = tree(0, shapes), [tree(1, shapes), tree(2, shapes)]
+    optimizer = optimizer_of(rule)
+    want, want_state = run(optimizer, params, grads)
+
+    params, state = jax.tree.map(spread, (params, optimizer.init(params)))
+    grads = [jax.tree.map(spread, g) for g in grads]
+    assert params["matrix"].addressable_shards[0].data.shape == (3, 1)
+    got, got_state = run(optimizer, params, grads, state)
+    assert len(got[1]["matrix"].sharding.device_set) == devices
+    assert_close(got, want)
+    assert_close(got_state, want_state)
+
+
+@for_each_rule
+def test_integer_params_are_refused_by_name(rule):
+    params = {"layer": {"w": jnp.ones(3), "steps": jnp.ones((2,), jnp.int32)}}
+    with pytest.raises(TypeError, match=r"`params`.*int32 at \['layer'\]\['steps'\].*optax.masked"):
+        optimizer_of(rule).init(params)
+
+
+@for_each_rule
+def test_update_without_params_is_refused(rule):
+    optimizer = optimizer_of(rule)
+    with pytest.raises(ValueError, match=f"`params` must be passed to {type(rule).__name__}"):
+        optimizer.update(GRADS[0], optimizer.init(PARAMS), value=jnp.float32(1.0))
+
+
+@pytest.mark.parametrize(
+    ("horizon", "error", "message"),
+    [
+        (None, ValueError, "`horizon` is required by Hyperparams"),
+        (0, ValueError, "`horizon` of Hyperparams must be at least 1, got 0"),
+        (np.int64(-3), ValueError, "must be at least 1, got -3"),
+        (jnp.asarray(0), ValueError, "must be at least 1, got 0"),
+        ("100", TypeError, "`horizon` of Hyperparams must be an integer or a scalar array"),
+        (100.5, TypeError, "must be an integer or a scalar array, got 100.5"),
+        (True, TypeError, "must be an integer or a scalar array, got True"),
+        (jnp.ones(3), TypeError, "must be an integer or a scalar array"),
+    ],
+)
+def test_wrong_horizons_are_refused(horizon, error, message):
+    rule = Hyperparams(knots=3)
+    with pytest.raises(error, match=message):
+        rule.optimizer(rule.init(jax.random.key(0)), horizon)

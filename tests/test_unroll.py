@@ -1,0 +1,122 @@
+"""The inner problem: what an unroll computes, when episodes end, and what failure looks like."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from learned_opt.hyperparams import Hyperparams
+from learned_opt.small_fc import SmallFC
+from meta_train.estimators.bptt import FullBPTT, TruncatedBPTT
+from meta_train.estimators.pes import PES
+from meta_train.unroll import Training, episode_loss
+from tasks.base import train_step
+from tasks.quadratic import Quadratic
+
+KEY = jax.random.key(0)
+
+
+def test_an_unroll_is_a_plain_training_loop():
+    problem = Training(Quadratic(dimension=4, noise=0.1), Hyperparams(), 12, 6)
+    theta = problem.rule.init(KEY)
+    state = problem.reset(theta, KEY)
+    rollouts = []
+    for i in range(2):
+        rollout, state = problem.unroll(theta, state, jax.random.fold_in(KEY, i))
+        rollouts.append(rollout)
+    assert [bool(r.done) for r in rollouts] == [False, True]
+
+    task_key, init_key, _, _ = jax.random.split(KEY, 4)
+    task = problem.family(task_key)
+    params = task.init(init_key)
+    optimizer = problem.rule.optimizer(theta, 12)
+    opt_state, losses = optimizer.init(params), []
+    for i in range(2):
+        for key in jax.random.split(jax.random.fold_in(KEY, i), 6):
+            batch = task.batch(key, "train")
+            params, opt_state, loss = train_step(task, optimizer, params, opt_state, batch)
+            losses.append(task.normalize(loss))
+    np.testing.assert_allclose(
+        np.concatenate([r.losses for r in rollouts]), np.array(losses), rtol=1e-5
+    )
+    np.testing.assert_allclose(state.params, params, rtol=1e-5)
+
+
+def test_horizons_are_log_uniform_multiples_and_first_episodes_are_cut_short():
+    problem = Training(Quadratic(dimension=2), Hyperparams(), (10, 80), 10)
+    theta = problem.rule.init(KEY)
+    keys = jax.random.split(KEY, 4000)
+    state = jax.jit(jax.vmap(lambda k: problem.reset(theta, k)))(keys)
+    windows = np.asarray(state.end) // 10
+    assert np.array_equal(state.end, state.horizon)
+    assert np.all(np.asarray(state.end) % 10 == 0)
+    for n in range(1, 9):
+        share = np.log((n + 1) / n) / np.log(9)  # P(n <= w < n + 1), w log-uniform on [1, 9)
+        assert abs(np.mean(windows == n) - share) < 4 * np.sqrt(share * (1 - share) / 4000)
+
+    fixed = Training(Quadratic(dimension=2), Hyperparams(), 80, 10)
+    first = jax.jit(jax.vmap(lambda k: fixed.reset(theta, k, True)))(keys)
+    assert np.all(np.asarray(first.horizon) == 80)
+    counts = np.bincount(np.asarray(first.end) // 10, minlength=9)[1:]
+    assert np.all(np.abs(counts / 4000 - 1 / 8) < 4 * np.sqrt(1 / 8 * 7 / 8 / 4000))
+
+
+def test_a_diverged_run_is_a_bounded_loss_and_never_poisons_the_estimate():
+    problem = Training(Quadratic(dimension=3), SmallFC(hidden=2, step_size=1e30), 20, 10)
+    theta = problem.rule.init(KEY)
+    estimator = PES(problem, particles=3)
+    state = estimator.init(theta, KEY)
+    for i in range(3):
+        estimate, state = estimator.estimate(theta, state, jax.random.fold_in(KEY, i))
+    assert 1.5 < float(estimate.loss) <= 2.0
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(estimate.grad))
+
+
+def test_backpropagation_agrees_with_finite_differences():
+    """In float64, along random directions: full gradients against differences of the episode's loss."""
+    with jax.enable_x64(True):
+        problem = Training(Quadratic(dimension=3), Hyperparams(knots=3, learning_rate=0.05), 12, 4)
+        theta = jax.tree.map(jnp.float64, problem.rule.init(KEY))
+        estimator = FullBPTT(problem, particles=2)
+        estimate, _ = jax.jit(lambda t: estimator.estimate(t, None, KEY))(theta)
+
+        def loss(t):
+            keys = [jax.random.fold_in(KEY, i) for i in range(2)]
+            return sum(episode_loss(problem, t, k) for k in keys) / 2
+
+        loss = jax.jit(loss)
+        (flat,) = jax.tree.leaves(estimate.grad)
+        assert np.linalg.norm(flat) > 1e-3
+        for i in range(3):
+            direction = jax.random.normal(jax.random.fold_in(KEY, 10 + i), flat.shape)
+            moved = [
+                float(loss({"log_learning_rate": theta["log_learning_rate"] + e * direction}))
+                for e in (1e-3, -1e-3)
+            ]
+            assert (moved[0] - moved[1]) / 2e-3 == pytest.approx(float(flat @ direction), rel=1e-4)
+
+
+def test_remat_changes_nothing():
+    grads = []
+    for remat in (False, True):
+        problem = Training(Quadratic(dimension=3), Hyperparams(), 8, 4, remat)
+        theta = problem.rule.init(KEY)
+        estimator = TruncatedBPTT(problem, particles=2)
+        estimate, _ = jax.jit(estimator.estimate)(theta, estimator.init(theta, KEY), KEY)
+        grads.append(estimate.grad["log_learning_rate"])
+    np.testing.assert_allclose(*grads, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("horizon", "truncation", "message"),
+    [
+        (130, 50, "`horizon` must be a multiple of `truncation`, got 130 and 50"),
+        ((50, 130), 50, "got 130 and 50"),
+        (20, 50, "got 20 and 50"),
+        ((100, 50), 50, r"`horizon` must be a range"),
+        (50, 0, "`truncation` must be at least 1"),
+    ],
+)
+def test_impossible_horizons_are_refused(horizon, truncation, message):
+    with pytest.raises(ValueError, match=message):
+        Training(Quadratic(), Hyperparams(), horizon, truncation)
