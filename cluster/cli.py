@@ -1,4 +1,4 @@
-"""The command line. Each command is a dataclass: its fields are the options, its `run` does the work."""
+"""The command line. Each command is a dataclass: its fields are options, its `run` the work."""
 
 import dataclasses
 import importlib
@@ -16,10 +16,12 @@ import meta_train.recipes
 from learned_opt import discovery
 from meta_train.recipes.base import Recipe
 
+DEFAULT = Recipe()
+
 
 def recipes() -> dict[str, Recipe]:
     """Recipes by name: of every module in meta_train.recipes that has a `RECIPE`."""
-    found = {"default": Recipe()}
+    found = {"default": DEFAULT}
     for info in pkgutil.iter_modules(meta_train.recipes.__path__):
         module = importlib.import_module(f"meta_train.recipes.{info.name}")
         if hasattr(module, "RECIPE"):
@@ -31,8 +33,9 @@ def recipes() -> dict[str, Recipe]:
 class MetaTrain:
     """Meta-train an update rule and export it as an optax optimizer.
 
-    The run directory gets config.json, metrics.jsonl, checkpoints/ and theta.safetensors. Ctrl-C checkpoints; the
-    same command with --resume goes on from there and ends as if it had never stopped.
+    The run directory gets config.json, metrics.jsonl, checkpoints/ and theta.safetensors. Ctrl-C
+    checkpoints; the same command with --resume goes on from there and ends as if it had never
+    stopped.
 
     Example: learned-opt meta-train --run-dir runs/mine --rule "small_fc(hidden=8)" --workers 2
     """
@@ -41,7 +44,7 @@ class MetaTrain:
     """Directory of the run: new, empty, or with --resume."""
     recipe: str = "default"
     """Recipe that supplies the defaults of the options below; `learned-opt show` lists them."""
-    settings: Annotated[Recipe, tyro.conf.arg(name="")] = Recipe()
+    settings: Annotated[Recipe, tyro.conf.arg(name="")] = DEFAULT
     workers: int = 0
     """Ray workers of one core each; 0 runs in this process, without Ray."""
     address: str | None = None
@@ -75,11 +78,11 @@ class Evaluate:
 
     Writes results.json and report.html. The tuning of baselines is cached on disk.
 
-    Example: learned-opt evaluate --optimizer runs/mine/theta.safetensors --suite heldout/quick --out-dir runs/mine
+    Example: learned-opt evaluate --optimizer runs/mine/theta.safetensors --out-dir runs/mine
     """
 
     optimizer: tuple[str, ...]
-    """Artifacts (.safetensors files or names of pretrained optimizers) and baselines ("lion", "baselines/quick")."""
+    """Artifacts (files or names of pretrained optimizers) and baselines ("lion")."""
     suite: str = "heldout/quick"
     """Suite of tasks, or one task family with its fields, e.g. "quadratic(dimension=20)"."""
     steps: int = 500
@@ -101,7 +104,8 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Quickstart:
-    """Meta-train on 8x8 digits with two Ray workers, export, and compare with tuned baselines on held-out tasks.
+    """Meta-train on 8x8 digits with two Ray workers, export, and compare with tuned baselines on
+    held-out tasks.
 
     Example: learned-opt quickstart
     """
@@ -188,7 +192,7 @@ COMMANDS = {
 
 
 def _parser(arguments: list[str]) -> Any:
-    """The union of the commands. A recipe that is asked for supplies the defaults, so help shows its values."""
+    """The union of the commands. A recipe that is asked for supplies the defaults, also in help."""
     known = recipes()
     name = "default"
     for flag, following in zip(arguments, [*arguments[1:], ""], strict=True):
@@ -208,13 +212,14 @@ def _parser(arguments: list[str]) -> Any:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of `learned-opt`. Bad input ends with one line and exit code 2, an interrupt with 130."""
+    """Entry point. Bad input ends with one line and exit code 2, an interrupt with 130."""
     arguments = sys.argv[1:] if arguments is None else arguments
     # SIGTERM is how clusters stop jobs: checkpoint as for Ctrl-C
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if jax.config.jax_compilation_cache_dir is None:
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         cache = Path(os.environ.get("LEARNED_OPT_CACHE", Path.home() / ".cache" / "learned-opt"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "jax"))
+    command = None
     try:
         command = tyro.cli(
             _parser(arguments),

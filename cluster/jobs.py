@@ -1,4 +1,6 @@
-"""A meta-training job from recipe to exported optimizer, in this process or on Ray, with progress, checkpoints and resume."""
+"""A meta-training job from recipe to exported optimizer, in this process or on Ray, with progress,
+checkpoints and resume.
+"""
 
 import importlib.metadata
 import os
@@ -44,7 +46,9 @@ console = Console()
 
 @contextmanager
 def open_estimator(estimator: Any, workers: int, address: str | None) -> Iterator[Any]:
-    """The estimator compiled here (`workers` 0) or spread over Ray workers; ray is imported only for the latter."""
+    """The estimator compiled here (`workers` 0) or spread over Ray workers; ray is imported only
+    for the latter.
+    """
     if workers == 0:
         yield Compiled(estimator)
         return
@@ -66,7 +70,8 @@ def run(
     checkpoint_every: int = 100,
     default: Recipe | None = None,
 ) -> Path:
-    """Meta-trains by the recipe and returns the exported artifact's path. A finished run is not run again.
+    """Meta-trains by the recipe and returns the exported artifact's path. A finished run is not run
+    again.
 
     Raises:
       ValueError, FileExistsError, ConnectionError: before any work, and before anything is written.
@@ -223,7 +228,8 @@ def _families(suite: str) -> dict[str, Any]:
 
 
 def report(directory: Path) -> Path:
-    """Writes report.html from the results.json, and the metrics.jsonl if there is one, of a directory.
+    """Writes report.html from the results.json, and the metrics.jsonl if there is one, of a
+    directory.
 
     Raises:
       FileNotFoundError: there is no results.json.

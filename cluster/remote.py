@@ -1,9 +1,12 @@
-"""An estimator whose particles live on Ray actors. The outer loop cannot tell it from one in its own process.
+"""An estimator whose particles live on Ray actors. The outer loop cannot tell it from one in its
+own process.
 
-A worker is a pure function, (theta, state, key) -> (estimate, state'). States stay in Ray's object store, owned by the driver, so
-a worker that dies is restarted by Ray and its call repeated with the same arguments: it costs time and changes nothing.
+A worker is a pure function, (theta, state, key) -> (estimate, state'). States stay in Ray's object
+store, owned by the driver, so a worker that dies is restarted by Ray and its call repeated with the
+same arguments: it costs time and changes nothing.
 """
 
+import itertools
 import os
 import socket
 import warnings
@@ -14,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from learned_opt.base import Theta
-from meta_train.estimators.base import Estimate, GradientEstimator, Key, combine, partition
+from meta_train.estimators.base import Estimate, Key, ParticleEstimator, combine, partition
 
 TASK_RETRIES = 5
 PATIENCE_SECONDS = 5.0
@@ -22,24 +25,36 @@ HINT = "start one with `ray start --head`, or leave `address` out to run on this
 
 
 class Worker:
-    """Holds the program of one part of the particles. Keeps no state between calls."""
+    """Runs parts of the particles' program. Keeps no state between calls but the programs it knows.
 
-    def __init__(self, reference: list[Any]):
-        """`reference` holds an object reference to the estimator: Ray does not keep plain arguments for restarts."""
+    An estimator comes as a list with a reference to it: what a constructor is given, Ray may lose
+    before it restarts an actor.
+    """
+
+    def __init__(self):
+        self._programs: dict[Any, Any] = {}
+
+    def _program(self, reference: list[Any]) -> Any:
         import ray
 
         from meta_train.estimators.compiled import Compiled
 
-        self._compiled = Compiled(ray.get(reference[0]))
+        if reference[0] not in self._programs:
+            self._programs[reference[0]] = Compiled(ray.get(reference[0]))
+        return self._programs[reference[0]]
 
-    def init(self, theta: Theta, key_data: np.ndarray) -> Any:
-        return jax.device_get(self._compiled.init(theta, jax.random.wrap_key_data(key_data)))
+    def init(self, reference: list[Any], theta: Theta, key_data: np.ndarray) -> Any:
+        key = jax.random.wrap_key_data(jnp.asarray(key_data))
+        return jax.device_get(self._program(reference).init(theta, key))
 
-    def estimate(self, theta: Theta, state: Any, key_data: np.ndarray) -> tuple[Estimate, Any]:
-        # arrays from the object store are read-only views of shared memory; the program consumes its input
+    def estimate(
+        self, reference: list[Any], theta: Theta, state: Any, key_data: np.ndarray
+    ) -> tuple[Estimate, Any]:
+        # arrays from the object store are read-only views of shared memory; the program consumes
+        # its input
         state = jax.tree.map(lambda x: jnp.array(x, copy=True), state)
-        key = jax.random.wrap_key_data(key_data)
-        return jax.device_get(self._compiled.estimate(theta, state, key))
+        key = jax.random.wrap_key_data(jnp.asarray(key_data))
+        return jax.device_get(self._program(reference).estimate(theta, state, key))
 
     def pid(self) -> int:
         return os.getpid()
@@ -49,7 +64,8 @@ class Worker:
 class RemoteState:
     """The particles' states: references to the parts, or (`whole`) arrays over all particles.
 
-    As a pytree it is the whole, fetched when looked at. A checkpoint is therefore the same for any number of workers.
+    As a pytree it is the whole, fetched when looked at. A checkpoint is therefore the same for any
+    number of workers.
     """
 
     def __init__(self, parts: list[Any] | None = None, whole: Any = None):
@@ -68,7 +84,8 @@ class RemoteState:
 
 
 def connect(address: str | None, cpus: int) -> None:
-    """Joins the cluster at `address` ("auto" or host:port), or starts one on this machine's loopback interface.
+    """Joins the cluster at `address` ("auto" or host:port), or starts one on this machine's
+    loopback interface.
 
     Raises:
       ConnectionError: no cluster answers there.
@@ -77,7 +94,8 @@ def connect(address: str | None, cpus: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address is None:
-        # Despite its name this is Ray's only switch that makes its servers listen on 127.0.0.1 alone.
+        # Despite its name this is Ray's only switch that makes its servers listen on 127.0.0.1
+        # alone.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     else:
         check_reachable(address)
@@ -114,7 +132,7 @@ class Remote:
 
     def __init__(
         self,
-        estimator: GradientEstimator,
+        estimator: ParticleEstimator,
         workers: int,
         address: str | None = None,
         cpus_per_worker: int = 1,
@@ -123,14 +141,16 @@ class Remote:
         parts = partition(estimator, workers)
         self._particles = [part.particles for part in parts]
         connect(address, cpus=max(workers * cpus_per_worker, os.cpu_count() or 1))
-        # NPROC is the one setting that holds XLA's thread pool to a core; it must be there before jax is
+        # NPROC is the one setting that holds XLA's thread pool to a core; it must be there before
+        # jax is
         environment = {
             "NPROC": str(cpus_per_worker),
             "JAX_PLATFORMS": "" if gpus_per_worker else "cpu",
         }
         if gpus_per_worker:
             environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(0.9 * min(gpus_per_worker, 1.0))
-        if cache := jax.config.jax_compilation_cache_dir:
+        cache = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+        if cache:
             environment["JAX_COMPILATION_CACHE_DIR"] = cache
         import ray
 
@@ -142,30 +162,37 @@ class Remote:
             max_task_retries=TASK_RETRIES,
             runtime_env={"env_vars": environment},
         )
-        self._references = [ray.put(part) for part in jax.device_get(parts)]
-        self._workers = [actor.remote([reference]) for reference in self._references]
+        self._parts = [[ray.put(part)] for part in jax.device_get(parts)]
+        self._workers = [actor.remote() for _ in parts]
 
     def init(self, theta: Theta, key: Key) -> RemoteState:
         arguments = jax.device_get((theta, jax.random.key_data(key)))
-        return RemoteState([worker.init.remote(*arguments) for worker in self._workers])
+        return RemoteState(
+            [
+                worker.init.remote(part, *arguments)
+                for worker, part in zip(self._workers, self._parts, strict=True)
+            ]
+        )
 
     def estimate(self, theta: Theta, state: RemoteState, key: Key) -> tuple[Estimate, RemoteState]:
         theta, key_data = jax.device_get((theta, jax.random.key_data(key)))
         calls = [
-            worker.estimate.options(num_returns=2).remote(theta, part, key_data)
-            for worker, part in zip(self._workers, self._parts_of(state), strict=True)
+            worker.estimate.options(num_returns=2).remote(part, theta, particles, key_data)
+            for worker, part, particles in zip(
+                self._workers, self._parts, self._split(state), strict=True
+            )
         ]
         estimates = self._ray.get([estimate for estimate, _ in calls])
-        return combine(estimates, self._particles), RemoteState([part for _, part in calls])
+        state = RemoteState([particles for _, particles in calls])
+        return combine(estimates, self._particles), state
 
-    def _parts_of(self, state: RemoteState) -> list[Any]:
+    def _split(self, state: RemoteState) -> list[Any]:
         if state.parts is not None:
             return state.parts
         bounds = np.cumsum([0, *self._particles])
         whole = jax.device_get(state.whole)
         return [
-            jax.tree.map(lambda x, a=a, b=b: x[a:b], whole)
-            for a, b in zip(bounds, bounds[1:], strict=False)
+            jax.tree.map(lambda x, a=a, b=b: x[a:b], whole) for a, b in itertools.pairwise(bounds)
         ]
 
     def pids(self) -> list[int]:
@@ -175,5 +202,5 @@ class Remote:
     def close(self) -> None:
         """Ends the workers, and the cluster if it is this process's own."""
         for worker in self._workers:
-            self._ray.kill(worker)
+            self._ray.kill(worker)  # pyright: ignore[reportArgumentType]
         self._ray.shutdown()

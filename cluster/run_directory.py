@@ -1,4 +1,6 @@
-"""A run is a directory: config.json, metrics.jsonl, checkpoints/, theta.safetensors, results.json, report.html. Nothing is a pickle."""
+"""A run is a directory: config.json, metrics.jsonl, checkpoints/, theta.safetensors, results.json,
+report.html. Nothing is a pickle.
+"""
 
 import json
 import os
@@ -13,13 +15,14 @@ CHECKPOINTS = "checkpoints"
 ARTIFACT = "theta.safetensors"
 RESULTS = "results.json"
 REPORT = "report.html"
+EVENTS = "tensorboard"
 
 
 def open_run(directory: Path, recipe: Recipe, resume: bool, default: Recipe) -> Recipe:
     """Creates the directory, or finds the run in it when `resume`; returns the recipe to run.
 
-    A run that is resumed keeps the recipe it was started with: `recipe` must be that one or, where no option was given,
-    the `default`.
+    A run that is resumed keeps the recipe it was started with: `recipe` must be that one or, where
+    no option was given, the `default`.
 
     Raises:
       FileExistsError: the directory is not empty, and `resume` was not asked for.
@@ -73,8 +76,19 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def event_writer(directory: Path) -> Any | None:
+    """A TensorBoard writer into the directory where the extra `tensorboard` is installed."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory / EVENTS))
+
+
 class MetricsLog:
-    """Appends one line per outer step. Opening it drops the lines of steps that will be run again."""
+    """Appends one line per outer step. Opening it drops the lines of steps that will be run
+    again.
+    """
 
     def __init__(self, directory: Path, step: int):
         kept = [line for line in read_metrics(directory) if line["step"] < step]
@@ -83,9 +97,15 @@ class MetricsLog:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, directory / METRICS)
         self._file = (directory / METRICS).open("a", buffering=1)
+        self._events = event_writer(directory)
 
-    def write(self, **values: Any) -> None:
-        self._file.write(json.dumps(values) + "\n")
+    def write(self, step: int, **values: float) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._events:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._file.close()
+        if self._events:
+            self._events.close()

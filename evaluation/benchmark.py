@@ -25,7 +25,7 @@ from tasks.base import Key, TaskFamily
 Contender = Callable[[int], optax.GradientTransformation]  # horizon -> optax
 Progress = Callable[[str, float], None]  # what was just done, share of the work done
 
-DEFAULT, ORACLE = "adam (default lr 0.001)", "adam (oracle over its grid)"
+DEFAULT, ORACLE = "adam (lr 0.001)", "adam (oracle)"
 DEFAULT_HYPER = {"learning_rate": 1e-3, "cosine": 0.0, "weight_decay": 0.0}
 
 

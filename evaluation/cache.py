@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -35,7 +36,7 @@ def content_hash(family: Any, *parts: Any) -> str:
         digest.update(re.sub(r" at 0x[0-9a-f]+", "", repr(part)).encode() + b"\0")
     digest.update(_source(family).encode())
     for leaf in leaves:
-        if jax.dtypes.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)  # noqa: PLW2901
         array = np.ascontiguousarray(leaf)
         digest.update(f"{array.shape}{array.dtype}".encode())
@@ -45,8 +46,9 @@ def content_hash(family: Any, *parts: Any) -> str:
 
 def _source(family: Any) -> str:
     # An edited loss must not be answered with the curves of the old one.
+    module = inspect.getmodule(type(family))
     try:
-        return inspect.getsource(inspect.getmodule(type(family)))
+        return inspect.getsource(module) if module else ""
     except (OSError, TypeError):  # defined at a prompt: no file to read
         return ""
 
@@ -63,7 +65,7 @@ def cached(path: Path, names: tuple[str, ...], compute: Callable[[], Arrays]) ->
     arrays = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        np.savez_compressed(file, **{name: arrays[name] for name in names})
+        np.savez_compressed(file, allow_pickle=False, **{name: arrays[name] for name in names})
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)

@@ -12,6 +12,7 @@ import optax
 
 from tasks.base import Key, TaskFamily, train_step
 
+Scalar = np.ndarray | np.floating | float
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
 
 STATIC = ("make_optimizer", "steps", "evals", "eval_batches", "parallel")
@@ -29,9 +30,9 @@ class Curve(NamedTuple):
     valid_normalized: np.ndarray  # [seeds, evals] `task.normalize(valid)`: 2 at worst, also for NaN
     eval_steps: np.ndarray  # [evals] steps taken before each evaluation; the last is `steps`
     envelope: np.ndarray  # [seeds or 1, steps] best smoothed training loss so far, see `envelope`
-    seconds_per_step: np.ndarray  # scalar; NaN until measured by `timing.step_seconds`
-    adam_seconds_per_step: np.ndarray  # scalar; optax.adam, measured in alternation with the above
-    state_bytes_per_param: np.ndarray  # scalar
+    seconds_per_step: Scalar  # NaN until measured by `timing.step_seconds`
+    adam_seconds_per_step: Scalar  # optax.adam, measured in alternation with the above
+    state_bytes_per_param: Scalar
 
     def pick(self, index: int) -> "Curve":
         """Curve `index` of a grid; its envelope becomes its own, one per seed."""
@@ -169,7 +170,7 @@ def _train(family, hypers, keys, *, make_optimizer, steps, evals, eval_batches, 
         ]
         held_out = jax.tree.map(lambda *parts: jnp.concatenate(parts), *held_out)
 
-        def segment(carry, bounds):
+        def segment(carry, bounds: tuple[jax.Array, jax.Array]):
             carry = jax.lax.fori_loop(*bounds, step, carry)
             losses = jax.lax.map(lambda batch: task.loss(carry[0], batch), held_out)
             return carry, losses.reshape(2, eval_batches).mean(axis=1)

@@ -33,7 +33,7 @@ def final_train_loss(curve: Curve, reference: Curve) -> np.ndarray:
 def mean_train_loss(curve: Curve, reference: Curve) -> np.ndarray:
     """The reference's training loss averaged over its steps over the curve's: rewards speed."""
     with np.errstate(over="ignore", invalid="ignore"):
-        means = [np.mean(c.train, axis=1, dtype=np.float64) for c in (reference, curve)]
+        means = [c.train.mean(axis=1, dtype=np.float64) for c in (reference, curve)]
     return loss_ratio(*means)
 
 
@@ -96,12 +96,13 @@ def _steps_to(best: np.ndarray, loss: float) -> float:
 def survival(curve: Curve, reference: Curve) -> np.ndarray:
     """1, or 0 where the curve diverged; the reference is not looked at. Divergence rate = 1 - mean.
 
-    Diverged: a training loss was not finite, or the last validation loss is at the worst that
-    `Task.normalize` knows, twice that of an untrained model.
+    Diverged: a training loss was not finite, or the mean of the last tenth is above the first.
+    Overfitting is not divergence: it shows in `held_out_loss`.
     """
     del reference
     finite = np.isfinite(curve.train).all(axis=1)
-    return (finite & (curve.valid_normalized[:, -1] < 2.0)).astype(np.float64)
+    last = curve.train[:, -max(1, curve.train.shape[1] // 10) :].mean(axis=1)
+    return (finite & (last <= curve.train[:, 0])).astype(np.float64)
 
 
 def step_time(curve: Curve, reference: Curve) -> np.ndarray:

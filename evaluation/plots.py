@@ -18,7 +18,7 @@ from evaluation.stats import performance_profile
 # Okabe and Ito's palette, told apart with any colour vision; contenders get its strongest colours.
 CONTENDER_COLOURS = ("#D55E00", "#0072B2", "#CC79A7", "#009E73")
 BASELINE_COLOURS = ("#000000", "#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#0072B2")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import rich.box
 import rich.table
 
 from evaluation import plots
@@ -21,6 +22,15 @@ COLUMNS = {
     "divergence_rate": ("Diverged", "%"),
     "step_time_vs_adam": ("Time per step vs Adam", "cost"),
     "state_bytes_per_param": ("State, bytes per param", ""),
+}
+# What fits a terminal of 80 columns.
+SHORT = {
+    "mean_train_vs_default": "mean vs\ndefault\nAdam",
+    "mean_train_vs_tuned": "mean vs\ntuned\nAdam",
+    "final_train_vs_tuned": "final vs\ntuned\nAdam",
+    "held_out_vs_tuned": "held-out\nvs tuned\nAdam",
+    "divergence_rate": "di-\nverged",
+    "step_time_vs_adam": "time\nper\nstep",
 }
 KINDS = {
     "contender": "judged here",
@@ -103,13 +113,16 @@ def table(results: Results) -> rich.table.Table:
     about = results.about
     view = rich.table.Table(
         title=f"{len(about['tasks'])} tasks, {about['steps']} steps, {about['seeds']} seeds",
-        caption="x: ratio to the reference, above 1 is better; time per step: below 1 is better",
+        caption="Training and held-out loss as ratios to Adam's, above 1 is better; time per step "
+        "relative to Adam's, below 1 is better. 95% intervals over tasks and seeds.",
+        box=rich.box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    view.add_column("optimizer")
-    for heading, _ in COLUMNS.values():
-        view.add_column(heading, justify="right")
+    view.add_column("optimizer", min_width=16)
+    for heading in SHORT.values():
+        view.add_column(heading, justify="right", no_wrap=True)
     for name in ranked(results):
-        cells = [_cell(results.summary[name].get(column), column) for column in COLUMNS]
+        cells = [_cell(results.summary[name].get(column), column, digits=2) for column in SHORT]
         bold = "bold" if results.rows[name]["kind"] == "contender" else None
         view.add_row(name, *(f"{a}\n[dim]{b}[/dim]" for a, b, _ in cells), style=bold)
     return view
@@ -117,25 +130,31 @@ def table(results: Results) -> rich.table.Table:
 
 def ranked(results: Results) -> list[str]:
     """Rows, best mean training loss against tuned Adam first."""
-    return sorted(results.rows, key=lambda row: -results.summary[row]["mean_train_vs_tuned"][0])
+
+    def rank(row: str) -> float:
+        score = results.summary[row]["mean_train_vs_tuned"]
+        assert score is not None, row  # every kind of row has a training loss
+        return -score[0]
+
+    return sorted(results.rows, key=rank)
 
 
-def _cell(values: Sequence[float] | None, column: str) -> tuple[str, str, str]:
+def _cell(values: Sequence[float] | None, column: str, digits: int = 3) -> tuple[str, str, str]:
     """Text of the estimate, text of the interval, and the CSS class of a clear win or loss."""
     if values is None:
         return "-", "", ""
     unit = COLUMNS[column][1]
     scale, suffix = (100, "%") if unit == "%" else (1, "x" if unit else "")
-    estimate, low, high = (_short(scale * value) for value in values)
+    estimate, low, high = (_short(scale * value, digits) for value in values)
     verdict = ""
     if unit == "x":  # decided only when the whole interval is on one side
         verdict = "win" if values[1] > 1 else "loss" if values[2] < 1 else ""
-    interval = "" if estimate == low == high else f"{low} \N{EN DASH} {high}"
+    interval = "" if estimate == low == high else f"{low}\N{EN DASH}{high}"
     return estimate + suffix, interval, verdict
 
 
-def _short(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+def _short(value: float, digits: int) -> str:
+    return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def _header(results: Results) -> str:
@@ -181,7 +200,7 @@ def _reading(results: Results) -> str:
         "<p class=note>Speedup: how many steps Adam needs for the loss that the row reaches in "
         "one, where Adam is at every step the best of its grid of learning rates and schedules; "
         "so even tuned Adam is below 1x. Held-out: test loss at the best validation loss. "
-        "Diverged: a loss that was not finite, or twice that of an untrained model at the end. "
+        "Diverged: a training loss that was not finite, or above its first value at the end. "
         "Time per step: whole training steps on this machine in alternation with Adam, mean and "
         "range over tasks, above 1x is slower.</p>"
     )
@@ -203,7 +222,7 @@ def _per_task(results: Results) -> str:
                 edge = "*" if chosen["at_edge"] else ""
                 note = f"<small>lr {chosen['learning_rate']:g}{edge}, {schedule}</small>"
             verdict = "win" if score > 1 else "loss" if score < 1 else ""
-            cells.append(f'<td><span class="{verdict}">{_short(score)}x</span>{note}</td>')
+            cells.append(f'<td><span class="{verdict}">{_short(score, 3)}x</span>{note}</td>')
         body.append(f"<tr class={row['kind']}>{''.join(cells)}</tr>")
     return _wide(head, body)
 

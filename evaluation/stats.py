@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-Scores = Mapping[str, np.ndarray] | Sequence[np.ndarray] | np.ndarray  # [seeds] for each task
+Scores = Mapping[str, npt.ArrayLike] | Sequence[npt.ArrayLike] | np.ndarray  # [seeds] for each task
 
 
-def iqm(scores: np.ndarray, axis: int | None = None) -> np.ndarray:
+def iqm(scores: npt.ArrayLike, axis: int | None = None) -> np.ndarray:
     """Interquartile mean: the mean of what remains when the lowest and highest 25% are dropped.
 
     Like `scipy.stats.trim_mean(scores, 0.25, axis)`: the number dropped per end is rounded down.

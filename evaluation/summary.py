@@ -1,5 +1,6 @@
 """From curves to scores and intervals: every row against default and against tuned Adam."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ def _summary(name, curves: dict[str, Curve], scores) -> dict[str, list[float] | 
             return None
         return stratified_bootstrap({t: s[metric] for t, s in tasks.items()}, statistic)
 
-    columns = {
+    columns: dict[str, Sequence[float] | None] = {
         column: interval(reference, metric, iqm)
         for column, (reference, metric) in COLUMNS.items()
     }  # fmt: skip

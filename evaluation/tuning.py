@@ -97,8 +97,11 @@ def tune(
 
 def untuned(tuned: Tuned, **hyper: float) -> Curve:
     """The grid's curve at given hyperparameters, as its own reference. ValueError if not in it."""
-    distance = sum(abs(tuned.hypers[name] / value - 1 if value else tuned.hypers[name])
-                   for name, value in hyper.items())  # fmt: skip
+    distances = [
+        abs(tuned.hypers[name] / value - 1 if value else tuned.hypers[name])
+        for name, value in hyper.items()
+    ]
+    distance = np.sum(distances, axis=0)
     if distance.min() > 1e-3:
         raise ValueError(f"`hyper` {hyper} is not in the grid {tuned.hypers}")
     return tuned.grid.pick(int(distance.argmin()))

@@ -1,13 +1,14 @@
-"""An exported optimizer: one safetensors file with theta as tensors and everything else as metadata. No pickle anywhere.
+"""An exported optimizer: one safetensors file with theta as tensors and everything else as
+metadata. No pickle anywhere.
 
-The metadata holds the schema version, the rule with its fields, and a card: provenance, cost, licence, whatever the maker states.
+The metadata holds the schema version, the rule with its fields, and a card: provenance, cost,
+licence, whatever the maker states.
 """
 
 import difflib
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def flatten(theta: Theta) -> dict[str, jax.Array]:
 
 
 def digest(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> str:
-    """SHA-256 over the metadata and tensors of an artifact: a safetensors file has no checksum of its own."""
+    """SHA-256 over the metadata and tensors of an artifact: a safetensors file has no checksum of
+    its own.
+    """
     sha = hashlib.sha256()
     for name in sorted(metadata.keys() - {"sha256"}):
         sha.update(f"{name}={metadata[name]};".encode())
@@ -76,7 +79,8 @@ def save(path: str | os.PathLike, rule: LearnedOptimizer, theta: Theta, card: Ca
     """Writes an artifact in one piece: a reader sees the old file or the new one.
 
     Raises:
-      ValueError: the rule could not be found again by name, theta is not the rule's, or the card is not JSON.
+      ValueError: the rule could not be found again by name, theta is not the rule's, or the card is
+        not JSON.
     """
     spec = discovery.spec_of(rule)
     try:
@@ -125,7 +129,8 @@ def find(name_or_path: str | os.PathLike) -> Path:
     near = difflib.get_close_matches(str(name_or_path), names, n=1)
     hint = f"; did you mean '{near[0]}'" if near else ""
     raise FileNotFoundError(
-        f"no artifact '{name_or_path}'{hint}. Give a .safetensors file or one of: {', '.join(names)}"
+        f"no artifact '{name_or_path}'{hint}. "
+        f"Give a .safetensors file or one of: {', '.join(names)}"
     )
 
 
@@ -134,7 +139,8 @@ def read(name_or_path: str | os.PathLike) -> tuple[LearnedOptimizer, Theta, Card
 
     Raises:
       FileNotFoundError: there is no such file or pretrained optimizer.
-      ValueError: the file is damaged, is no artifact, is of a newer schema, names an unknown rule, or its tensors are not
+      ValueError: the file is damaged, is no artifact, is of a newer schema, names an unknown rule,
+        or its tensors are not
         the rule's.
     """
     path = find(name_or_path)
@@ -167,9 +173,10 @@ def read(name_or_path: str | os.PathLike) -> tuple[LearnedOptimizer, Theta, Card
 def load(
     name_or_path: str | os.PathLike,
     horizon: Horizon = None,
-    learning_rate: float | jax.Array | Callable[[jax.Array], jax.Array] = 1.0,
+    learning_rate: optax.ScalarOrSchedule = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """An exported optimizer as an optax transformation, ready for `optax.chain` and `optax.apply_updates`.
+    """An exported optimizer as an optax transformation, ready for `optax.chain` and
+    `optax.apply_updates`.
 
     Args:
       name_or_path: a pretrained optimizer's name or a .safetensors file.

@@ -1,4 +1,4 @@
-"""What a learned optimizer is: a function from meta-parameters (theta) to an optax transformation."""
+"""What a learned optimizer is: a function from meta-parameters theta to an optax transformation."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 Key = jax.Array
 Theta = Any
@@ -17,9 +18,10 @@ Horizon = int | jax.Array | None
 class LearnedOptimizer(Protocol):
     """An update rule: a frozen dataclass whose fields are its hyperparameters.
 
-    `optimizer` returns a plain optax transformation: updates are added to the params, the loss arrives as optax's keyword
-    `value=`, unknown keywords are accepted. `horizon`, the number of steps the training run will take, may be traced; a
-    rule that does not need it ignores it, a rule that does calls `require_horizon`.
+    `optimizer` returns a plain optax transformation: updates are added to the params, the loss
+    arrives as optax's keyword `value=`, unknown keywords are accepted. `horizon`, the number of
+    steps the training run will take, may be traced; a rule that does not need it ignores it, a rule
+    that does calls `require_horizon`.
     """
 
     def init(self, key: Key) -> Theta: ...
@@ -44,7 +46,7 @@ def require_horizon(rule: LearnedOptimizer, horizon: Horizon) -> int | jax.Array
         raise TypeError(
             f"`horizon` of {name} must be an integer or a scalar array, got {horizon!r}"
         )
-    if not isinstance(horizon, jax.core.Tracer) and horizon < 1:
+    if not isinstance(horizon, Tracer) and horizon < 1:
         raise ValueError(f"`horizon` of {name} must be at least 1, got {horizon}")
     return horizon
 

@@ -1,7 +1,9 @@
-"""Members of a package by name, and one line of text that names a member with its fields: `small_fc(hidden=8)`.
+"""Members of a package by name, and one line of text that names a member with its fields:
+`small_fc(hidden=8)`.
 
-A member is a class with an instance in its module's `EXAMPLES`; its name is the class name in snake case. Nothing is registered:
-a new file with `EXAMPLES` is found. A spec is a call with literal or nested-call arguments; it is parsed, never evaluated.
+A member is a class with an instance in its module's `EXAMPLES`; its name is the class name in snake
+case. Nothing is registered: a new file with `EXAMPLES` is found. A spec is a call with literal or
+nested-call arguments; it is parsed, never evaluated.
 """
 
 import ast
@@ -45,10 +47,12 @@ def fields_of(cls: type) -> list[str]:
 
 
 def build(kind: str, spec: str, known: dict[str, type]) -> Any:
-    """The member that `spec` names, e.g. `build("rule", "small_fc(hidden=8)", members(learned_opt))`.
+    """The member that `spec` names, e.g. `build("rule", "small_fc(hidden=8)",
+    members(learned_opt))`.
 
     Raises:
-      ValueError: the spec does not parse, names an unknown member or field (the message lists what exists), or its fields
+      ValueError: the spec does not parse, names an unknown member or field (the message lists what
+        exists), or its fields
         do not suit the member.
     """
     try:
@@ -106,7 +110,7 @@ def _value(kind: str, node: ast.expr, known: dict[str, type]) -> Any:
 def spec_of(member: Any) -> str:
     """The text that `build` turns back into `member`, every field written out."""
     # A dataclass declared with repr=False writes its own, e.g. a dataset's name.
-    if not dataclasses.is_dataclass(member) or not member.__dataclass_params__.repr:
+    if not dataclasses.is_dataclass(member) or not member.__dataclass_params__.repr:  # pyright: ignore[reportAttributeAccessIssue]
         return repr(member)
     fields = ", ".join(
         f"{name}={spec_of(getattr(member, name))}" for name in fields_of(type(member))

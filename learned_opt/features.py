@@ -1,12 +1,15 @@
-"""What update rules see of a tensor: moment accumulators, Adafactor factors, time, and the small MLP over these features.
+"""What update rules see of a tensor: moment accumulators, Adafactor factors, time, and the small
+MLP over these features.
 
-A feature is an array [channels, *shape] whose `shape` has the rank of the parameter and only broadcasts to it: row and column
-statistics stay rows and columns. Nothing of size features x parameters is ever built: the first layer is a sum over channels
-of scalar weight times feature, per broadcast shape, which XLA fuses with what follows into one pass over the parameter.
+A feature is an array [channels, *shape] whose `shape` has the rank of the parameter and only
+broadcasts to it: row and column statistics stay rows and columns. Nothing of size features x
+parameters is ever built: the first layer is a sum over channels of scalar weight times feature, per
+broadcast shape, which XLA fuses with what follows into one pass over the parameter.
 
 Sources: arXiv 2203.11860 (features of small_fc), arXiv 1804.04235 (factored second moments).
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +22,9 @@ TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
 
 
 def learned_decays(initial: Sequence[float], delta: jax.Array) -> jax.Array:
-    """Decays [n] that are `initial` at delta = 0 and in (-inf, 1) always: 1 - exp(10 (log(1 - b) / 10 + delta))."""
+    """Decays [n] that are `initial` at delta = 0 and in (-inf, 1) always: 1 - exp(10 (log(1 - b) /
+    10 + delta)).
+    """
     return 1.0 - jnp.exp(jnp.log1p(-jnp.asarray(initial, jnp.float32)) + 10.0 * delta)
 
 
@@ -29,15 +34,19 @@ def moments_init(params: Any, channels: int) -> Any:
 
 
 def ema(decays: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-    """Exponential moving averages [n, ...] of `new` [...], one per decay [n]. No bias correction."""
+    """Exponential moving averages [n, ...] of `new` [...], one per decay [n]. No bias
+    correction.
+    """
     b = lax.expand_dims(decays, range(1, old.ndim))
     return b * old + (1.0 - b) * new[None]
 
 
 class Factored(NamedTuple):
-    """Adafactor's factors: row [n, ..., 1 at the largest axis], col [n, ..., 1 at the second largest axis].
+    """Adafactor's factors: row [n, ..., 1 at the largest axis], col [n, ..., 1 at the second
+    largest axis].
 
-    For tensors of rank 0 and 1 both are the unfactored second moment [n, *shape] (held once: `col` is empty).
+    For tensors of rank 0 and 1 both are the unfactored second moment [n, *shape] (held once: `col`
+    is empty).
     """
 
     row: jax.Array
@@ -45,7 +54,9 @@ class Factored(NamedTuple):
 
 
 def factored_axes(shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """(second largest, largest) axis, ties broken as the published code does: the later axis counts as larger."""
+    """(second largest, largest) axis, ties broken as the published code does: the later axis counts
+    as larger.
+    """
     if len(shape) < 2:
         return None
     order = np.argsort(shape, kind="stable")
@@ -68,7 +79,9 @@ def factored_init(params: Any, channels: int) -> Any:
 
 
 def factored_update(decays: jax.Array, old: Factored, grad: jax.Array) -> Factored:
-    """Averages of the squared gradient over the two largest axes. The mean is taken once for all decays."""
+    """Averages of the squared gradient over the two largest axes. The mean is taken once for all
+    decays.
+    """
     square = grad * grad + 1e-30
     axes = factored_axes(grad.shape)
     if axes is None:
@@ -83,7 +96,9 @@ def safe_rsqrt(x: jax.Array) -> jax.Array:
 
 
 def factored_scales(factored: Factored, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Row and column factor of the preconditioner: x -> x * row * col. Column factor 1 for ranks 0 and 1."""
+    """Row and column factor of the preconditioner: x -> x * row * col. Column factor 1 for ranks 0
+    and 1.
+    """
     axes = factored_axes(shape)
     if axes is None:
         return safe_rsqrt(factored.row + 1e-9), jnp.ones((1,) * factored.row.ndim)
@@ -98,9 +113,11 @@ def time_embedding(count: jax.Array) -> jax.Array:
 
 
 def mlp_init(key: jax.Array, sizes: Sequence[int]) -> dict[str, jax.Array]:
-    """Weights {w0, b0, w1, ...}: truncated normal of standard deviation 1/sqrt(fan-in), zero biases."""
+    """Weights {w0, b0, w1, ...}: truncated normal of standard deviation 1/sqrt(fan-in), zero
+    biases.
+    """
     theta = {}
-    for i, (n, m) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (n, m) in enumerate(itertools.pairwise(sizes)):
         std = 1.0 / np.sqrt(n)
         theta[f"w{i}"] = std * jax.random.truncated_normal(
             jax.random.fold_in(key, i), -2, 2, (n, m)
@@ -119,8 +136,10 @@ def mlp_per_parameter(
     """A ReLU MLP applied to every element of a tensor.
 
     Args:
-      theta: {w0, b0, w1, ...}; the rows of w0 are the channels of `features` in order, then `shared`.
-      features: arrays [channels, *broadcasts to shape]; each channel is divided by its root mean square over the tensor.
+      theta: {w0, b0, w1, ...}; the rows of w0 are the channels of `features` in order, then
+        `shared`.
+      features: arrays [channels, *broadcasts to shape]; each channel is divided by its root mean
+        square over the tensor.
       shared: [k] inputs that are equal for all elements; not normalised.
       shape: the tensor's shape.
       epsilon: added to the mean square.
@@ -139,7 +158,8 @@ def mlp_per_parameter(
     parts = {(1,) * rank: column(b0 + shared @ w0[channels:])}
     start = 0
     for feature in features:
-        # a broadcast axis repeats every element equally often, so its mean square is that of the small array
+        # a broadcast axis repeats every element equally often, so its mean square is that of the
+        # small array
         mean_square = jnp.mean(feature * feature, axis=tuple(range(1, rank + 1)))
         weight = w0[start : start + len(feature)] * lax.rsqrt(mean_square + epsilon)[:, None]
         start += len(feature)

@@ -1,6 +1,8 @@
-"""Adam whose learning-rate schedule is theta: the smallest complete rule, and the one to copy when writing a new one.
+"""Adam whose learning-rate schedule is theta: the smallest complete rule, and the one to copy when
+writing a new one.
 
-Adam: arXiv 1412.6980. Learned schedules of a hand-designed optimizer are the usual first rung of the ladder to learned rules.
+Adam: arXiv 1412.6980. Learned schedules of a hand-designed optimizer are the usual first rung of
+the ladder to learned rules.
 """
 
 import dataclasses
@@ -14,7 +16,8 @@ from learned_opt import base
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparams:
-    """theta is the logarithm of Adam's learning rate at `knots` equally spaced times of the run, linear in between.
+    """theta is the logarithm of Adam's learning rate at `knots` equally spaced times of the run,
+    linear in between.
 
     Needs the horizon. After it the last learning rate stays.
     """
@@ -39,7 +42,7 @@ class Hyperparams:
         horizon = base.require_horizon(self, horizon)
         knots = jnp.linspace(0.0, 1.0, self.knots)
 
-        def learning_rate(count: jax.Array) -> jax.Array:
+        def learning_rate(count: jax.typing.ArrayLike) -> jax.Array:
             return jnp.exp(jnp.interp(count / horizon, knots, theta["log_learning_rate"]))
 
         adam = optax.adam(learning_rate, b1=self.b1, b2=self.b2)
@@ -48,11 +51,11 @@ class Hyperparams:
             base.check_params(params)
             return adam.init(base.float32(params))
 
-        def update(grads, state, params=None, **extra_args):
+        def update(updates, state, params=None, **extra_args):
             del extra_args
             base.check_update(self, params)
             # in bfloat16 the decay 0.999 would round to 1
-            updates, state = adam.update(base.float32(grads), state)
+            updates, state = adam.update(base.float32(updates), state)
             return jax.tree.map(lambda u, p: u.astype(jnp.result_type(p)), updates, params), state
 
         return optax.GradientTransformationExtraArgs(init, update)

@@ -1,4 +1,6 @@
-"""small_fc: a tiny MLP per parameter over momenta and factored second moments (arXiv 2203.11860, "small_fc_lopt")."""
+"""small_fc: a tiny MLP per parameter over momenta and factored second moments (arXiv 2203.11860,
+"small_fc_lopt").
+"""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -14,7 +16,7 @@ from learned_opt import base, features
 class SmallFCState(NamedTuple):
     """Per leaf, in float32: momenta [3, *shape], second moment [1, *shape], Adafactor factors."""
 
-    count: jax.Array
+    count: jax.typing.ArrayLike
     momentum: Any
     rms: Any
     factored: Any
@@ -22,10 +24,11 @@ class SmallFCState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SmallFC:
-    """update = -step_size * direction * exp(magnitude_scale * magnitude), both outputs of an MLP of 39 inputs.
+    """update = -step_size * direction * exp(magnitude_scale * magnitude), both outputs of an MLP of
+    39 inputs.
 
-    28 inputs are normalised features of the parameter, 11 embed the time. The accumulators' decays are learned. Needs
-    neither the loss nor a horizon.
+    28 inputs are normalised features of the parameter, 11 embed the time. The accumulators' decays
+    are learned. Needs neither the loss nor a horizon.
     """
 
     hidden: int = 4
@@ -73,10 +76,10 @@ class SmallFC:
                 factored=features.factored_init(params, channels),
             )
 
-        def update(grads, state, params=None, **extra_args):
+        def update(updates, state, params=None, **extra_args):
             del extra_args
             base.check_update(self, params)
-            grads = base.float32(grads)
+            grads = base.float32(updates)
             momentum = jax.tree.map(
                 lambda m, g: features.ema(momentum_decays, m, g), state.momentum, grads
             )

@@ -10,7 +10,9 @@ import orbax.checkpoint as ocp
 
 
 def _leaves(tree: Any) -> tuple[dict[str, jax.Array], list[str]]:
-    """Leaves by number, and what each is: dtype and shape. Orbax refuses empty arrays: they are left out."""
+    """Leaves by number, and what each is: dtype and shape. Orbax refuses empty arrays: they are
+    left out.
+    """
     arrays = {f"{i:05d}": jnp.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
     names = [f"{array.dtype}{list(array.shape)}" for array in arrays.values()]
     return {name: array for name, array in arrays.items() if array.size}, names
@@ -28,7 +30,9 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
 
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step, or None. What a killed run left half-written does not count."""
+        """The newest complete checkpoint's step, or None. What a killed run left half-written does
+        not count.
+        """
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any) -> None:
@@ -48,7 +52,8 @@ class Checkpoints:
 
         Raises:
           FileNotFoundError: there is no such checkpoint.
-          ValueError: it is the checkpoint of another rule, task or estimator; the message says what differs.
+          ValueError: it is the checkpoint of another rule, task or estimator; the message says what
+            differs.
         """
         step = self.latest() if step is None else step
         if step is None or step not in self._manager.all_steps():
@@ -63,8 +68,9 @@ class Checkpoints:
             pairs = itertools.zip_longest(names, saved, fillvalue="nothing")
             wanted, got = next((w, g) for w, g in pairs if w != g)
             raise ValueError(
-                f"the checkpoint in {self._manager.directory} is of another rule, task or estimator: "
-                f"{len(saved)} arrays where {len(names)} are expected, {got} where {wanted} is"
+                f"the checkpoint in {self._manager.directory} is of another rule, task or "
+                f"estimator: {len(saved)} arrays where {len(names)} are expected, "
+                f"{got} where {wanted} is"
             )
         restored = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(arrays))

@@ -1,4 +1,6 @@
-"""The outer loop: estimate a meta-gradient, take an optax step on theta, log, checkpoint; a for-loop to read and to copy."""
+"""The outer loop: estimate a meta-gradient, take an optax step on theta, log, checkpoint; a
+for-loop to read and to copy.
+"""
 
 import functools
 from collections.abc import Callable
@@ -28,7 +30,9 @@ class MetaState(NamedTuple):
 def outer_optimizer(
     learning_rate: float, steps: int, clip: float = 1.0, warmup: int = 0
 ) -> optax.GradientTransformation:
-    """Adam behind global-norm clipping; linear warm-up, then cosine decay to a tenth over `steps`."""
+    """Adam behind global-norm clipping; linear warm-up, then cosine decay to a tenth over
+    `steps`.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else learning_rate,
         peak_value=learning_rate,
@@ -55,7 +59,9 @@ def start(
 def outer_step(
     optimizer: optax.GradientTransformation, theta: Theta, opt_state: Any, grad: Theta
 ) -> tuple[Theta, Any, jax.Array]:
-    """Theta after one step, with non-finite gradient entries taken as zero; and the gradient's norm."""
+    """Theta after one step, with non-finite gradient entries taken as zero; and the gradient's
+    norm.
+    """
     grad = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0.0), grad)
     updates, opt_state = optimizer.update(grad, opt_state, theta)
     return optax.apply_updates(theta, updates), opt_state, optax.tree.norm(grad)
@@ -72,9 +78,10 @@ def meta_train(
 ) -> MetaState:
     """Runs until `steps` outer steps are done and returns the final state, checkpointed.
 
-    The randomness of a step depends on the step alone, so a run that is resumed from a checkpoint ends bit-equal to one
-    that was never stopped. `on_step(step, estimate, gradient_norm)` is called after each step, for logs and progress. On
-    KeyboardInterrupt the last complete step is checkpointed before the interrupt goes on.
+    The randomness of a step depends on the step alone, so a run that is resumed from a checkpoint
+    ends bit-equal to one that was never stopped. `on_step(step, estimate, gradient_norm)` is called
+    after each step, for logs and progress. On KeyboardInterrupt the last complete step is
+    checkpointed before the interrupt goes on.
     """
     try:
         for step in range(int(state.step), steps):

@@ -16,14 +16,17 @@ State = Any
 
 
 class Rollout(NamedTuple):
-    """What an unroll shows: `losses` [K] by inner step, `done` (bool) if the episode ended with the last of them."""
+    """What an unroll shows: `losses` [K] by inner step, `done` (bool) if the episode ended with the
+    last of them.
+    """
 
     losses: jax.Array
     done: jax.Array
 
 
 class InnerProblem(Protocol):
-    """A dynamical system that theta steers: all that an estimator ever sees. A pytree, vmappable over keys and states.
+    """A dynamical system that theta steers: all that an estimator ever sees. A pytree, vmappable
+    over keys and states.
 
     `windows` is the largest number of unrolls in an episode.
     """
@@ -32,7 +35,9 @@ class InnerProblem(Protocol):
     def windows(self) -> int: ...
 
     def reset(self, theta: Theta, key: Key, first: bool | jax.Array = False) -> State:
-        """The start of an episode. A `first` episode may be cut short, so that particles get out of phase."""
+        """The start of an episode. A `first` episode may be cut short, so that particles get out of
+        phase.
+        """
         ...
 
     def unroll(self, theta: Theta, state: State, key: Key) -> tuple[Rollout, State]:
@@ -41,7 +46,8 @@ class InnerProblem(Protocol):
 
 
 class TrainingState(NamedTuple):
-    """One run of a task: the key that rebuilds the task, its params, the optimizer's state, and where the run stands.
+    """One run of a task: the key that rebuilds the task, its params, the optimizer's state, and
+    where the run stands.
 
     The episode ends at step `end`, of a run planned for `horizon` steps.
     """
@@ -57,10 +63,11 @@ class TrainingState(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """Trains tasks of `family` with `rule`, `truncation` steps at a time; losses are normalised training losses.
+    """Trains tasks of `family` with `rule`, `truncation` steps at a time; losses are normalised
+    training losses.
 
-    `horizon` is the number of steps of an episode, or a range (low, high) from which it is drawn log-uniformly; always a
-    multiple of `truncation`, so that episodes end between truncations.
+    `horizon` is the number of steps of an episode, or a range (low, high) from which it is drawn
+    log-uniformly; always a multiple of `truncation`, so that episodes end between truncations.
     """
 
     family: TaskFamily
@@ -114,7 +121,8 @@ class Training:
         optimizer = self.rule.optimizer(theta, state.horizon)
 
         def step(carry, key):
-            params, opt_state, loss = train_step(task, optimizer, *carry, task.batch(key, "train"))
+            batch = task.batch(key, "train")
+            params, opt_state, loss = train_step(task, optimizer, carry[0], carry[1], batch)
             return (params, opt_state), task.normalize(loss)
 
         body = jax.checkpoint(step) if self.remat else step
@@ -131,7 +139,8 @@ def episode_loss(
 ) -> jax.Array:
     """Loss of one whole episode from its reset: the mean over its steps, or the last step's.
 
-    Each window is rematerialised when differentiated, so memory holds one state per window and one window's steps.
+    Each window is rematerialised when differentiated, so memory holds one state per window and one
+    window's steps.
     """
     reset_key, unroll_key = jax.random.split(key)
 

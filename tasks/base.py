@@ -1,7 +1,8 @@
-"""What can be trained. A task is an initialiser, a stream of batches and a loss; a family is a distribution over tasks.
+"""What can be trained. A task is an initialiser, a stream of batches and a loss; a family is a
+distribution over tasks.
 
-Tasks are pytrees (`jax.tree_util.register_dataclass`): arrays such as datasets are leaves and travel to jitted functions as
-arguments, everything that decides a shape is a static field.
+Tasks are pytrees (`jax.tree_util.register_dataclass`): arrays such as datasets are leaves and
+travel to jitted functions as arguments, everything that decides a shape is a static field.
 """
 
 from collections.abc import Callable
@@ -19,10 +20,12 @@ Split = Literal["train", "valid", "test"]
 
 @runtime_checkable
 class Task(Protocol):
-    """One thing to train. All randomness of the loss rides in the batch, so `loss` is deterministic.
+    """One thing to train. All randomness of the loss rides in the batch, so `loss` is
+    deterministic.
 
-    A task whose optimizer needs more than the loss gradient may also define `smooth(params, batch)`, the part of the loss that
-    is differentiated, and `extra_args(batch)`, keywords merged into the optimizer's `update`. Other tasks define neither.
+    A task whose optimizer needs more than the loss gradient may also define `smooth(params,
+    batch)`, the part of the loss that is differentiated, and `extra_args(batch)`, keywords merged
+    into the optimizer's `update`. Other tasks define neither.
     """
 
     def init(self, key: Key) -> Params: ...
@@ -32,7 +35,9 @@ class Task(Protocol):
     def loss(self, params: Params, batch: Batch) -> jax.Array: ...
 
     def normalize(self, loss: jax.Array) -> jax.Array:
-        """Loss on a scale shared by all tasks: 1 untrained, 0 perfect, in [0, 2], 2 for NaN and infinity."""
+        """Loss on a scale shared by all tasks: 1 untrained, 0 perfect, in [0, 2], 2 for NaN and
+        infinity.
+        """
         ...
 
 
@@ -40,9 +45,11 @@ TaskFamily = Callable[[Key], Task]
 
 
 def relative_loss(loss: jax.Array, untrained: float | jax.Array) -> jax.Array:
-    """`loss / untrained` clipped to [0, 2], with 2 for NaN and infinity: the usual `Task.normalize`.
+    """`loss / untrained` clipped to [0, 2], with 2 for NaN and infinity: the usual
+    `Task.normalize`.
 
-    `untrained` is the positive loss that a model knows how to reach without training, e.g. log(classes).
+    `untrained` is the positive loss that a model knows how to reach without training, e.g.
+    log(classes).
     """
     ratio = loss / untrained
     return jnp.clip(jnp.where(jnp.isfinite(ratio), ratio, 2.0), 0.0, 2.0)
@@ -58,15 +65,15 @@ def train_step(
     """One inner training step, the only one: meta-training, evaluation and the examples share it.
 
     Returns:
-      The new params, the new optimizer state, and the loss (scalar) on `batch` before the step, which the optimizer also
-      receives as optax's keyword `value=`.
+      The new params, the new optimizer state, and the loss (scalar) on `batch` before the step,
+      which the optimizer also receives as optax's keyword `value=`.
     """
     smooth = getattr(task, "smooth", None)
     if smooth is None:
         value, grads = jax.value_and_grad(task.loss)(params, batch)
     else:
         value, grads = task.loss(params, batch), jax.grad(smooth)(params, batch)
-    extra_args = task.extra_args(batch) if hasattr(task, "extra_args") else {}
+    extra_args = getattr(task, "extra_args", lambda batch: {})(batch)
     update = optax.with_extra_args_support(optimizer).update
     updates, opt_state = update(grads, opt_state, params, value=value, **extra_args)
     return optax.apply_updates(params, updates), opt_state, value

@@ -10,7 +10,7 @@ from tasks.image_mlp import ImageMLP
 
 
 def _train_quick() -> dict[str, TaskFamily]:
-    return {"digits_mlp": ImageMLP(data="digits/meta_train", hidden=(32,), init_scale=(0.5, 2.0))}
+    return {"digits_mlp": ImageMLP(data="digits/meta_train", hidden=(32,), init_scale=(0.3, 3.0))}
 
 
 def _heldout_quick() -> dict[str, TaskFamily]:

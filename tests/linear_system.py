@@ -19,7 +19,9 @@ class State(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LinearSystem:
-    """x_0 = 0, x_t = A x_{t-1} + theta, loss c.x_t: at every step, or (`terminal`) at the last alone."""
+    """x_0 = 0, x_t = A x_{t-1} + theta, loss c.x_t: at every step, or (`terminal`) at the last
+    alone.
+    """
 
     horizon: int = dataclasses.field(metadata={"static": True})
     truncation: int = dataclasses.field(metadata={"static": True})
@@ -56,7 +58,9 @@ class LinearSystem:
         return Rollout(losses, t >= state.end), State(x, t, state.end)
 
     def gradient(self, truncated: bool) -> np.ndarray:
-        """d mean loss / d theta, summed by hand: through all earlier steps, or only those of the same window."""
+        """d mean loss / d theta, summed by hand: through all earlier steps, or only those of the
+        same window.
+        """
         a, c = self.matrix().astype(np.float64), self.weights().astype(np.float64)
         total = np.zeros(self.size)
         for t in range(1, self.horizon + 1):

@@ -1,4 +1,6 @@
-"""The command line: help, bad input in one line before any work, kill -9 and resume, export, evaluate."""
+"""The command line: help, bad input in one line before any work, kill -9 and resume, export,
+evaluate.
+"""
 
 import json
 import os
@@ -159,6 +161,8 @@ def test_killed_interrupted_and_resumed_runs_end_bit_equal(tmp_path, capsys):
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 400
+
+    assert list((directory / "tensorboard").glob("events.out.tfevents.*"))
 
     out = run("meta-train", "--run-dir", directory, "--resume", capsys=capsys).out
     assert "is finished" in out

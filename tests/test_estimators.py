@@ -25,7 +25,9 @@ run = jax.jit(lambda e, theta, state, key: e.estimate(theta, state, key))
 
 @functools.partial(jax.jit, static_argnums=3)
 def gradients(estimator, theta, key, count):
-    """Gradients [count, d] of consecutive estimates, after one episode in which particles get out of phase."""
+    """Gradients [count, d] of consecutive estimates, after one episode in which particles get out
+    of phase.
+    """
 
     def step(state, key):
         estimate, state = estimator.estimate(theta, state, key)
@@ -68,7 +70,9 @@ def test_gradient_is_exact_or_has_its_declared_bias(example, problem):
 
 
 def test_the_terminal_loss_that_the_published_rule_gets_wrong():
-    """Whole gradient 20 (times 1/20 for the mean); a truncated estimate, and the published PES, give 5."""
+    """Whole gradient 20 (times 1/20 for the mean); a truncated estimate, and the published PES,
+    give 5.
+    """
     problem = LinearSystem(20, 5, terminal=True)
     assert problem.gradient(truncated=False) * 20 == pytest.approx(20)
     assert problem.gradient(truncated=True) * 20 == pytest.approx(5)
@@ -124,7 +128,9 @@ def test_a_partition_of_the_particles_gives_the_same_estimates(example):
 
 
 def test_particles_get_out_of_phase():
-    """After one episode about one in `windows` particles ends with each estimate, instead of all at once."""
+    """After one episode about one in `windows` particles ends with each estimate, instead of all at
+    once.
+    """
     problem, theta, key = LinearSystem(20, 5), jnp.ones(1), jax.random.key(0)
     estimator = NRES(problem, particles=4000)
     state = estimator.init(theta, key)

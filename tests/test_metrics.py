@@ -173,3 +173,12 @@ def test_bootstrap_keeps_the_strata():
 def test_performance_profile_by_hand():
     shares = stats.performance_profile([[1.0, 2.0], [0.5, 0.5]], np.array([0.5, 0.75, 2.0, 3.0]))
     np.testing.assert_allclose(shares, [1.0, 0.5, 0.25, 0.0])
+
+
+def test_divergence_is_of_the_training_loss():
+    """A run that ends above its start diverged; one that merely overfits did not."""
+    falls = np.linspace(2.0, 0.1, STEPS)
+    rises = np.concatenate([falls[: STEPS // 2], np.linspace(1.0, 5.0, STEPS // 2)])
+    curve = curve_of(np.stack([falls, rises, np.where(falls < 0.2, np.inf, falls)]))
+    overfitted = curve._replace(valid_normalized=np.full_like(curve.valid_normalized, 2.0))
+    np.testing.assert_array_equal(metrics.survival(overfitted, curve), [1.0, 0.0, 0.0])

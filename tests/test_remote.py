@@ -77,7 +77,8 @@ def test_two_workers_a_dead_worker_and_no_ray_give_the_same_theta(local, two_wor
     assert killed[0] not in two_workers.pids()
     np.testing.assert_array_equal(flat(disturbed.theta), flat(undisturbed.theta))
 
-    # a checkpoint holds all particles, whoever hosted them: this process goes on from the workers' state
+    # a checkpoint holds all particles, whoever hosted them: this process goes on from the workers'
+    # state
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(8, disturbed)
     here = Compiled(RECIPE.build_estimator())

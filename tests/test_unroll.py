@@ -73,7 +73,9 @@ def test_a_diverged_run_is_a_bounded_loss_and_never_poisons_the_estimate():
 
 
 def test_backpropagation_agrees_with_finite_differences():
-    """In float64, along random directions: full gradients against differences of the episode's loss."""
+    """In float64, along random directions: full gradients against differences of the episode's
+    loss.
+    """
     with jax.enable_x64(True):
         problem = Training(Quadratic(dimension=3), Hyperparams(knots=3, learning_rate=0.05), 12, 4)
         theta = jax.tree.map(jnp.float64, problem.rule.init(KEY))

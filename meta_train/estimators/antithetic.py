@@ -1,7 +1,9 @@
-"""One antithetic evolution-strategies step; the estimators of this family differ in how they carry the noise.
+"""One antithetic evolution-strategies step; the estimators of this family differ in how they carry
+the noise.
 
-A pair of trajectories under theta + noise and theta - noise shares all other randomness. With the window's mean losses L+ and
-L- the gradient of a particle is credit * (L+ - L-) / (2 sigma^2), `credit` being the noise that the window answers for.
+A pair of trajectories under theta + noise and theta - noise shares all other randomness. With the
+window's mean losses L+ and L- the gradient of a particle is credit * (L+ - L-) / (2 sigma^2),
+`credit` being the noise that the window answers for.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,9 @@ from meta_train.unroll import InnerProblem
 
 
 class Pair(NamedTuple):
-    """A particle: its two inner states (leading axis 2), its noise, whether an episode starts next, and how many did."""
+    """A particle: its two inner states (leading axis 2), its noise, whether an episode starts next,
+    and how many did.
+    """
 
     inner: Any
     noise: Theta
@@ -24,7 +28,8 @@ class Pair(NamedTuple):
     episodes: jax.Array
 
 
-# (noise since the last reset or zero, new noise, fresh) -> (noise to perturb by, noise to credit and carry)
+# (noise since the last reset or zero, new noise, fresh) -> (noise to perturb by, noise to credit
+# and carry)
 Carry = Callable[[Theta, Theta, jax.Array], tuple[Theta, Theta]]
 
 
@@ -40,7 +45,7 @@ def empty_like(function: Callable, *args: Any) -> Any:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *args))
 
 
-def init(estimator: base.GradientEstimator, theta: Theta, key: base.Key) -> Pair:
+def init(estimator: base.ParticleEstimator, theta: Theta, key: base.Key) -> Pair:
     """Particles that are about to begin their first episode."""
 
     def particle(key):
@@ -56,7 +61,9 @@ def init(estimator: base.GradientEstimator, theta: Theta, key: base.Key) -> Pair
 def estimate(
     estimator: Any, theta: Theta, state: Pair, key: base.Key, carry: Carry
 ) -> tuple[base.Estimate, Pair]:
-    """One window of every pair; pairs that are `fresh` are reset first, under this window's noise."""
+    """One window of every pair; pairs that are `fresh` are reset first, under this window's
+    noise.
+    """
     problem: InnerProblem = estimator.problem
 
     def particle(key, pair):

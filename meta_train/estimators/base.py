@@ -1,6 +1,9 @@
-"""What a meta-gradient estimator is, and what all of them share: particles by global index, and means over them."""
+"""What a meta-gradient estimator is, and what all of them share: particles by global index, and
+means over them.
+"""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -16,7 +19,9 @@ EstState = Any
 
 
 class Estimate(NamedTuple):
-    """Mean over particles of the gradient (like theta), the loss (scalar) and named diagnostics (scalars)."""
+    """Mean over particles of the gradient (like theta), the loss (scalar) and named diagnostics
+    (scalars).
+    """
 
     grad: Theta
     loss: jax.Array
@@ -24,27 +29,40 @@ class Estimate(NamedTuple):
 
 
 class GradientEstimator(Protocol):
-    """Estimates d loss / d theta. A pytree; `problem` and `first_particle` are leaves, the rest is static.
-
-    The particles have the global indices first_particle, ..., first_particle + particles - 1, and all randomness of a particle
-    comes from its index, so the estimate does not depend on which process hosts which particle. Every array of the state
-    has the particles as its leading axis. `truncated` declares the bias: the gradient is that of each window for a given
-    start state, not that of the episode.
-    """
-
-    truncated: ClassVar[bool]
-    problem: InnerProblem
-    particles: int
-    first_particle: int | jax.Array
-
-    @property
-    def unrolls(self) -> int:
-        """Unrolls that an estimate takes per particle."""
-        ...
+    """Estimates d loss / d theta: all that the outer loop sees."""
 
     def init(self, theta: Theta, key: Key) -> EstState: ...
 
     def estimate(self, theta: Theta, state: EstState, key: Key) -> tuple[Estimate, EstState]: ...
+
+
+class ParticleEstimator(GradientEstimator, Protocol):
+    """An estimator over particles. A pytree; `problem` and `first_particle` are leaves.
+
+    The particles have the global indices first_particle, ..., first_particle + particles - 1, and
+    all randomness of a particle comes from its index, so the estimate does not depend on which
+    process hosts which particle. Every array of the state has the particles as its leading axis.
+    `truncated` declares the bias: the gradient is that of each window for a given start state, not
+    that of the episode. `unrolls` counts the unrolls that an estimate takes per particle.
+    """
+
+    truncated: ClassVar[bool]
+
+    @property
+    def problem(self) -> InnerProblem: ...
+
+    @property
+    def particles(self) -> int: ...
+
+    @property
+    def first_particle(self) -> int | jax.Array: ...
+
+    @property
+    def unrolls(self) -> int: ...
+
+
+UNBOUND: Any = None
+"""The problem of an estimator that is still only named; `dataclasses.replace` binds one."""
 
 
 def static(default: Any = dataclasses.MISSING) -> Any:
@@ -52,13 +70,13 @@ def static(default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
 
 
-def check_particles(estimator: GradientEstimator) -> None:
+def check_particles(estimator: ParticleEstimator) -> None:
     """Raises ValueError unless there is at least one particle."""
     if estimator.particles < 1:
         raise ValueError(f"`particles` must be at least 1, got {estimator.particles}")
 
 
-def over_particles(estimator: GradientEstimator, function: Callable, key: Key, *states: Any) -> Any:
+def over_particles(estimator: ParticleEstimator, function: Callable, key: Key, *states: Any) -> Any:
     """`function(key of the particle, *its states)` for all particles, stacked on a leading axis."""
     indices = estimator.first_particle + jnp.arange(estimator.particles)
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
@@ -86,7 +104,7 @@ def normal_like(key: Key, theta: Theta, sigma: float) -> Theta:
     return unravel(sigma * jax.random.normal(key, flat.shape, flat.dtype))
 
 
-def partition(estimator: GradientEstimator, parts: int) -> list[GradientEstimator]:
+def partition(estimator: ParticleEstimator, parts: int) -> list[ParticleEstimator]:
     """The estimator's particles divided into `parts` contiguous ranges, as equal as possible.
 
     Raises:
@@ -100,12 +118,14 @@ def partition(estimator: GradientEstimator, parts: int) -> list[GradientEstimato
     bounds = [total * i // parts for i in range(parts + 1)]
     return [
         dataclasses.replace(estimator, particles=high - low, first_particle=low)  # type: ignore
-        for low, high in zip(bounds, bounds[1:], strict=False)
+        for low, high in itertools.pairwise(bounds)
     ]
 
 
 def combine(estimates: Sequence[Estimate], particles: Sequence[int]) -> Estimate:
-    """Mean of the estimates of a partition, weighted by particles and always added in the order given."""
+    """Mean of the estimates of a partition, weighted by particles and always added in the order
+    given.
+    """
     total = sum(particles)
     weighted = [
         jax.tree.map(lambda x, n=n: x * (n / total), estimate)

@@ -15,13 +15,14 @@ from meta_train.unroll import InnerProblem, episode_loss
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TruncatedBPTT:
-    """Exact gradient of a window's mean loss for a fixed start state: biased as truncated ES is, without its variance.
+    """Exact gradient of a window's mean loss for a fixed start state: biased as truncated ES is,
+    without its variance.
 
     Memory grows with the truncation; `Training(remat=True)` keeps one inner state per step.
     """
 
     truncated: ClassVar[bool] = True
-    problem: InnerProblem | None = None
+    problem: InnerProblem = base.UNBOUND
     particles: int = base.static(16)
     first_particle: int | jax.Array = 0
 
@@ -57,10 +58,12 @@ class TruncatedBPTT:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FullBPTT:
-    """Exact gradient of a whole episode's mean or final loss. For short horizons: long ones are chaotic."""
+    """Exact gradient of a whole episode's mean or final loss. For short horizons: long ones are
+    chaotic.
+    """
 
     truncated: ClassVar[bool] = False
-    problem: InnerProblem | None = None
+    problem: InnerProblem = base.UNBOUND
     particles: int = base.static(16)
     objective: Literal["mean", "final"] = base.static("mean")
     first_particle: int | jax.Array = 0

@@ -1,11 +1,13 @@
-"""An estimator compiled in this process. The problem's data travel as arguments: they are never baked into the program."""
+"""An estimator compiled in this process. The problem's data travel as arguments: they are never
+baked into the program.
+"""
 
 from typing import Any
 
 import jax
 
 from learned_opt.base import Theta
-from meta_train.estimators.base import Estimate, GradientEstimator, Key
+from meta_train.estimators.base import Estimate, Key, ParticleEstimator
 
 _init = jax.jit(lambda estimator, theta, key: estimator.init(theta, key))
 _estimate = jax.jit(
@@ -16,7 +18,7 @@ _estimate = jax.jit(
 class Compiled:
     """The same two methods, jitted; the state passed to `estimate` is consumed."""
 
-    def __init__(self, estimator: GradientEstimator):
+    def __init__(self, estimator: ParticleEstimator):
         self.estimator = jax.device_put(estimator)
 
     def init(self, theta: Theta, key: Key) -> Any:

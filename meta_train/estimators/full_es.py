@@ -1,4 +1,6 @@
-"""Full evolution strategies: each estimate runs whole episodes, so any functional of the losses has an unbiased gradient."""
+"""Full evolution strategies: each estimate runs whole episodes, so any functional of the losses has
+an unbiased gradient.
+"""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -13,10 +15,12 @@ from meta_train.unroll import InnerProblem, episode_loss
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FullES:
-    """Unbiased for the smoothed mean or final loss of an episode. Carries nothing; costs an episode per estimate."""
+    """Unbiased for the smoothed mean or final loss of an episode. Carries nothing; costs an episode
+    per estimate.
+    """
 
     truncated: ClassVar[bool] = False
-    problem: InnerProblem | None = None
+    problem: InnerProblem = base.UNBOUND
     particles: int = base.static(16)
     sigma: float = base.static(0.01)
     objective: Literal["mean", "final"] = base.static("mean")

@@ -1,4 +1,6 @@
-"""Noise-reuse evolution strategies (arXiv 2304.12180): one noise per episode, reused by all its windows."""
+"""Noise-reuse evolution strategies (arXiv 2304.12180): one noise per episode, reused by all its
+windows.
+"""
 
 import dataclasses
 from typing import ClassVar
@@ -13,13 +15,14 @@ from meta_train.unroll import InnerProblem
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NRES:
-    """Unbiased for the smoothed mean loss of an episode, with the least variance of the persistent family.
+    """Unbiased for the smoothed mean loss of an episode, with the least variance of the persistent
+    family.
 
     ES-Single (arXiv 2304.11153) is the same mechanism.
     """
 
     truncated: ClassVar[bool] = False
-    problem: InnerProblem | None = None
+    problem: InnerProblem = base.UNBOUND
     particles: int = base.static(16)
     sigma: float = base.static(0.01)
     first_particle: int | jax.Array = 0

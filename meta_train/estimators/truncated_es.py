@@ -1,4 +1,6 @@
-"""Truncated evolution strategies: each window alone, from a start state that both halves of a pair share."""
+"""Truncated evolution strategies: each window alone, from a start state that both halves of a pair
+share.
+"""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
@@ -19,7 +21,7 @@ class Trajectory(NamedTuple):
     episodes: jax.Array
 
 
-def init_trajectory(estimator: base.GradientEstimator, theta: Theta, key: base.Key) -> Trajectory:
+def init_trajectory(estimator: base.ParticleEstimator, theta: Theta, key: base.Key) -> Trajectory:
     """Particles that are about to begin their first episode."""
 
     def particle(key):
@@ -32,13 +34,14 @@ def init_trajectory(estimator: base.GradientEstimator, theta: Theta, key: base.K
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TruncatedES:
-    """Biased: a window does not answer for what theta did to its start state. For smoke tests and comparison.
+    """Biased: a window does not answer for what theta did to its start state. For smoke tests and
+    comparison.
 
     The trajectory goes on under theta itself (a third unroll), so that no noise leaks into it.
     """
 
     truncated: ClassVar[bool] = True
-    problem: InnerProblem | None = None
+    problem: InnerProblem = base.UNBOUND
     particles: int = base.static(16)
     sigma: float = base.static(0.01)
     first_particle: int | jax.Array = 0

@@ -1,4 +1,6 @@
-"""A recipe: everything that decides a meta-training run's result, as plain values that a JSON file and a command line can hold."""
+"""A recipe: everything that decides a meta-training run's result, as plain values that a JSON file
+and a command line can hold.
+"""
 
 import dataclasses
 import json
@@ -10,7 +12,7 @@ import meta_train.estimators
 import tasks
 from learned_opt import discovery
 from learned_opt.base import LearnedOptimizer
-from meta_train.estimators.base import GradientEstimator
+from meta_train.estimators.base import ParticleEstimator
 from meta_train.outer_loop import outer_optimizer
 from meta_train.unroll import Training
 
@@ -51,7 +53,7 @@ class Recipe:
     def build_rule(self) -> LearnedOptimizer:
         return discovery.build("rule", self.rule, discovery.members(learned_opt))
 
-    def build_estimator(self) -> GradientEstimator:
+    def build_estimator(self) -> ParticleEstimator:
         """The estimator over the training of the family's tasks with the rule.
 
         Raises:
@@ -60,9 +62,10 @@ class Recipe:
         family = discovery.build("task", self.task, discovery.members(tasks))
         members = discovery.members(meta_train.estimators)
         estimator = discovery.build("estimator", self.estimator, members)
-        # backpropagation through an unroll keeps every step's intermediates unless they are recomputed
+        # backpropagation through an unroll keeps every step's intermediates unless they are
+        # recomputed
         remat = "bptt" in discovery.name_of(type(estimator))
-        problem = Training(family, self.build_rule(), tuple(self.horizon), self.truncation, remat)
+        problem = Training(family, self.build_rule(), self.horizon, self.truncation, remat)
         return dataclasses.replace(estimator, problem=problem)
 
     def build_optimizer(self) -> optax.GradientTransformation:
