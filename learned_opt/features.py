@@ -126,6 +126,18 @@ def mlp_init(key: jax.Array, sizes: Sequence[int]) -> dict[str, jax.Array]:
     return theta
 
 
+def pass_through(theta: dict[str, jax.Array], channel: int) -> dict[str, jax.Array]:
+    """The three-layer MLP with its first output made input `channel`, plus a tenth of what it was.
+
+    Two hidden units carry the positive and the negative part of the input.
+    """
+    w0, w1, w2 = theta["w0"], theta["w1"], theta["w2"]
+    w0 = w0.at[:, :2].set(0.0).at[channel, :2].set(jnp.array([1.0, -1.0]))
+    w1 = w1.at[:, :2].set(0.0).at[[0, 1], [0, 1]].set(1.0)
+    w2 = (0.1 * w2).at[:2, 0].set(jnp.array([1.0, -1.0]))
+    return theta | {"w0": w0, "w1": w1, "w2": w2}
+
+
 def mlp_per_parameter(
     theta: dict[str, jax.Array],
     features: Sequence[jax.Array],

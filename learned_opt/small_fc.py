@@ -3,7 +3,7 @@
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,10 @@ class SmallFC:
 
     28 inputs are normalised features of the parameter, 11 embed the time. The accumulators' decays
     are learned. Needs neither the loss nor a horizon.
+
+    `initial` says where meta-training starts: "momentum" steps along the momentum over its root
+    mean square, as Adam does; "random" is the published start, from which evolution strategies
+    first learn to stand still and leave that plateau late.
     """
 
     hidden: int = 4
@@ -37,10 +41,18 @@ class SmallFC:
     momentum_decays: tuple[float, ...] = (0.9, 0.99, 0.999)
     rms_decay: float = 0.999
     factored_decays: tuple[float, ...] = (0.9, 0.99, 0.999)
+    initial: Literal["momentum", "random"] = "momentum"
 
     def __post_init__(self):
         if self.hidden < 1:
             raise ValueError(f"`hidden` must be at least 1, got {self.hidden}")
+        if self.initial not in ("momentum", "random"):
+            raise ValueError(f"`initial` must be 'momentum' or 'random', got {self.initial!r}")
+        if self.initial == "momentum" and self.hidden < 2:
+            raise ValueError(
+                f"`hidden` must be at least 2 for initial='momentum', got {self.hidden}; "
+                "set initial='random'"
+            )
         if len(self.momentum_decays) != len(self.factored_decays):
             raise ValueError(
                 "`momentum_decays` and `factored_decays` must be of equal length, got "
@@ -51,8 +63,12 @@ class SmallFC:
         """Weights of the MLP and offsets of the decays (zero: the fields' decays)."""
         n = len(self.momentum_decays)
         inputs = 4 + 8 * n + len(features.TIME_SCALES)
+        mlp = features.mlp_init(key, (inputs, self.hidden, self.hidden, 2))
+        if self.initial == "momentum":
+            # the first momentum over its root mean square: behind g, p, n momenta and the rms
+            mlp = features.pass_through(mlp, channel=3 + n)
         return {
-            "mlp": features.mlp_init(key, (inputs, self.hidden, self.hidden, 2)),
+            "mlp": mlp,
             "momentum_decays": jnp.zeros((n,)),
             "rms_decays": jnp.zeros((1,)),
             "factored_decays": jnp.zeros((n,)),

@@ -152,3 +152,15 @@ def test_mlp_init_is_truncated_normal():
     assert np.max(np.abs(theta["w0"])) <= 2 / np.sqrt(400)
     np.testing.assert_allclose(np.std(theta["w0"]), 0.8796 / np.sqrt(400), rtol=0.02)
     assert not np.any(theta["b0"])
+
+
+def test_pass_through_makes_an_input_the_output():
+    theta = features.mlp_init(jax.random.key(0), (5, 4, 4, 2))
+    theta["w2"] = jnp.zeros((4, 2))  # of what is there, a tenth stays
+    x = jax.random.normal(jax.random.key(1), (5, 7))
+    outputs = features.mlp_per_parameter(
+        features.pass_through(theta, channel=2), [x], jnp.zeros(0), (7,), epsilon=0.0
+    )
+    normalised = x[2] / jnp.sqrt(jnp.mean(x[2] ** 2))
+    np.testing.assert_allclose(outputs[0], normalised, rtol=1e-5)
+    np.testing.assert_array_equal(outputs[1], 0.0)

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import learned_opt
+from learned_opt import discovery
 from learned_opt.hyperparams import Hyperparams
 from learned_opt.small_fc import SmallFC
 from meta_train.estimators.bptt import FullBPTT, TruncatedBPTT
@@ -59,6 +61,17 @@ def test_horizons_are_log_uniform_multiples_and_first_episodes_are_cut_short():
     assert np.all(np.asarray(first.horizon) == 80)
     counts = np.bincount(np.asarray(first.end) // 10, minlength=9)[1:]
     assert np.all(np.abs(counts / 4000 - 1 / 8) < 4 * np.sqrt(1 / 8 * 7 / 8 / 4000))
+
+
+@pytest.mark.parametrize("rule", discovery.examples(learned_opt), ids=discovery.spec_of)
+def test_every_rule_meta_trains(rule):
+    """Part of the contract of rules: with horizons drawn per episode, theta gets a gradient."""
+    estimator = PES(Training(Quadratic(dimension=3), rule, (4, 8), 4), particles=2)
+    theta = rule.init(KEY)
+    estimate, _ = jax.jit(estimator.estimate)(theta, estimator.init(theta, KEY), KEY)
+    grads = np.concatenate([np.ravel(g) for g in jax.tree.leaves(estimate.grad)])
+    assert np.all(np.isfinite(grads))
+    assert np.any(grads != 0)
 
 
 def test_a_diverged_run_is_a_bounded_loss_and_never_poisons_the_estimate():

@@ -8,6 +8,6 @@ RECIPE = Recipe(
     estimator="nres(particles=32, sigma=0.01)",
     horizon=(200, 1000),
     truncation=50,
-    outer_steps=1000,
+    outer_steps=600,
     learning_rate=1e-2,
 )
