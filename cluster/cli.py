@@ -15,6 +15,7 @@ import tyro
 import meta_train.recipes
 from learned_opt import discovery
 from meta_train.recipes.base import Recipe
+from tasks.data import cache_directory
 
 DEFAULT = Recipe()
 
@@ -64,7 +65,6 @@ class MetaTrain:
             address=self.address,
             resume=self.resume,
             checkpoint_every=self.checkpoint_every,
-            default=recipes()[self.recipe],
         )
         jobs.console.print(
             f"exported {path}\n"
@@ -123,9 +123,7 @@ class Quickstart:
         from cluster import jobs
 
         recipe = recipes()["quickstart"]
-        path = jobs.run(
-            recipe, self.run_dir, workers=self.workers, resume=self.resume, default=recipe
-        )
+        path = jobs.run(recipe, self.run_dir, workers=self.workers, resume=self.resume)
         jobs.evaluate(
             (str(path),), "heldout/quick", 500, self.seeds, ("baselines/quick",), self.run_dir
         )
@@ -211,14 +209,20 @@ def _parser(arguments: list[str]) -> Any:
     return union
 
 
+def _asks_for_recipe(arguments: list[str]) -> bool:
+    """Whether an option says what to meta-train, rather than where and how."""
+    fields = [field.name.replace("_", "-") for field in dataclasses.fields(Recipe)]
+    flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    return bool(flags & {f"--{name}" for name in ("recipe", *fields)})
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Bad input ends with one line and exit code 2, an interrupt with 130."""
     arguments = sys.argv[1:] if arguments is None else arguments
     # SIGTERM is how clusters stop jobs: checkpoint as for Ctrl-C
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        cache = Path(os.environ.get("LEARNED_OPT_CACHE", Path.home() / ".cache" / "learned-opt"))
-        jax.config.update("jax_compilation_cache_dir", str(cache / "jax"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "jax"))
     command = None
     try:
         command = tyro.cli(
@@ -227,20 +231,20 @@ def main(arguments: list[str] | None = None) -> None:
             description="Meta-train, export and judge learned optimizers.",
             args=arguments,
         )
+        if isinstance(command, MetaTrain) and command.resume and not _asks_for_recipe(arguments):
+            command = dataclasses.replace(command, settings=None)  # that of the run
         command.run()
     except KeyboardInterrupt:
-        where = getattr(command, "run_dir", None)
-        hint = (
-            f" The last complete step is kept; go on with --resume --run-dir {where}."
-            if where
-            else ""
-        )
+        hint = ""
+        if isinstance(command, (MetaTrain, Quickstart)):
+            where = command.run_dir
+            hint = f" The last complete step is kept; go on with --resume --run-dir {where}."
         print(f"\nstopped.{hint}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("LEARNED_OPT_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)  # LEARNED_OPT_TRACEBACK=1 shows from where
         sys.exit(2)
 
 

@@ -3,17 +3,17 @@ checkpoints and resume.
 """
 
 import importlib.metadata
+import math
 import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -33,8 +33,9 @@ from evaluation.report import render, table
 from evaluation.results import load as load_results
 from evaluation.results import save as save_results
 from learned_opt import artifact, discovery
+from learned_opt.base import LearnedOptimizer
 from meta_train.checkpoint import Checkpoints
-from meta_train.estimators.base import partition
+from meta_train.estimators.base import ParticleEstimator, partition
 from meta_train.estimators.compiled import Compiled
 from meta_train.outer_loop import MetaState, meta_train, start
 from meta_train.recipes.base import Recipe
@@ -62,52 +63,52 @@ def open_estimator(estimator: Any, workers: int, address: str | None) -> Iterato
 
 
 def run(
-    recipe: Recipe,
+    recipe: Recipe | None,
     directory: Path,
     workers: int = 0,
     address: str | None = None,
     resume: bool = False,
     checkpoint_every: int = 100,
-    default: Recipe | None = None,
 ) -> Path:
-    """Meta-trains by the recipe and returns the exported artifact's path. A finished run is not run
-    again.
+    """Meta-trains by the recipe (None: that of the run in the directory) and returns the exported
+    artifact's path. A finished run is not run again.
 
     Raises:
-      ValueError, FileExistsError, ConnectionError: before any work, and before anything is written.
+      ValueError, TypeError, OSError: before any work, and before anything is written.
     """
     if workers < 0:
         raise ValueError(f"`workers` must be 0 (this process) or more, got {workers}")
+    if address is not None and workers == 0:
+        raise ValueError(f"`address` {address} needs `workers` of at least 1, got 0")
     if checkpoint_every < 1:
         raise ValueError(f"`checkpoint_every` must be at least 1, got {checkpoint_every}")
-    estimator = recipe.build_estimator()
-    if workers:
-        partition(estimator, workers)
-    if address is not None:
-        if workers == 0:
-            raise ValueError(f"`address` {address} needs `workers` of at least 1, got 0")
-        from cluster.remote import check_reachable
-
-        check_reachable(address)
-    recipe = run_directory.open_run(directory, recipe, resume, default or Recipe())
+    recipe = run_directory.choose_recipe(directory, recipe, resume)
+    path = directory / run_directory.ARTIFACT
+    if path.exists() and artifact.read(path)[2].get("outer_steps") == recipe.outer_steps:
+        console.print(f"{directory} is finished: {path}")
+        return path
     estimator, rule, optimizer = (
         recipe.build_estimator(),
         recipe.build_rule(),
         recipe.build_optimizer(),
     )
-    checkpoints = Checkpoints(directory / run_directory.CHECKPOINTS)
-    path = directory / run_directory.ARTIFACT
-    if checkpoints.latest() == recipe.outer_steps and path.exists():
-        console.print(f"{directory} is finished: {recipe.outer_steps} outer steps, {path}")
-        return path
-    with open_estimator(estimator, workers, address) as opened:
-        state = start(rule, opened, optimizer, recipe.seed)
+    if workers:
+        partition(estimator, workers)
+    _trace(estimator, rule)
+    with (
+        open_estimator(estimator, workers, address) as spread,
+        run_directory.opened(directory, recipe),
+        closing(Checkpoints(directory / run_directory.CHECKPOINTS)) as checkpoints,
+    ):
+        state = start(rule, spread, optimizer, recipe.seed)
         if checkpoints.latest() is not None:
             state = checkpoints.restore(state)
             console.print(f"resuming at outer step {int(state.step)}")
-        log = run_directory.MetricsLog(directory, int(state.step))
-        began = time.perf_counter() - log.seconds
-        with progress("meta-training", recipe.outer_steps, int(state.step)) as advance:
+        with (
+            closing(run_directory.MetricsLog(directory, int(state.step))) as log,
+            progress("meta-training", recipe.outer_steps, int(state.step)) as advance,
+        ):
+            began = time.perf_counter() - log.seconds
 
             def on_step(step, estimate, norm):
                 loss = float(estimate.loss)
@@ -121,11 +122,20 @@ def run(
                 advance(f"meta-loss {loss:.3f}")
 
             state = meta_train(
-                opened, optimizer, state, recipe.outer_steps, checkpoints, checkpoint_every, on_step
+                spread, optimizer, state, recipe.outer_steps, checkpoints, checkpoint_every, on_step
             )
-        log.close()
-    checkpoints.close()
-    return export(directory, recipe, state, path)
+        return export(directory, recipe, state, path)
+
+
+def _trace(estimator: ParticleEstimator, rule: LearnedOptimizer) -> None:
+    """Traces a reset and an unroll, so that a task and a rule that do not fit fail at once."""
+    key = jax.random.key(0)
+    theta = jax.eval_shape(rule.init, key)
+
+    def unroll(problem, theta):
+        return problem.unroll(theta, problem.reset(theta, key), key)
+
+    jax.eval_shape(unroll, estimator.problem, theta)
 
 
 def export(directory: Path, recipe: Recipe, state: MetaState, path: Path) -> Path:
@@ -133,11 +143,12 @@ def export(directory: Path, recipe: Recipe, state: MetaState, path: Path) -> Pat
     metrics = run_directory.read_metrics(directory)
     estimator = recipe.build_estimator()
     per_step = estimator.particles * estimator.unrolls * recipe.truncation
+    losses = [line["loss"] for line in metrics[-50:] if math.isfinite(line["loss"])]
     card = {
         "recipe": vars(recipe),
         "outer_steps": int(state.step),
         "inner_steps": int(state.step) * per_step,
-        "meta_loss": float(np.mean([line["loss"] for line in metrics[-50:]])) if metrics else None,
+        "meta_loss": sum(losses) / len(losses) if losses else None,
         "seconds": metrics[-1]["seconds"] if metrics else None,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
         "code": {
@@ -186,7 +197,11 @@ def evaluate(
     contenders = {}
     for name in artifacts:
         rule, theta, _ = artifact.read(name)
-        contenders[_label(name)] = partial(rule.optimizer, theta)
+        if (label := _label(name)) in contenders:
+            raise ValueError(
+                f"`optimizer` {name}: there is another called {label}; rename the file"
+            )
+        contenders[label] = partial(rule.optimizer, theta)
     with progress("evaluating", 100) as advance:
         done = 0
 
@@ -213,7 +228,7 @@ def evaluate(
 
 def _label(name: str) -> str:
     """Pretrained optimizers go by their name, files by that of their run."""
-    path = Path(name)
+    path = Path(name).resolve()
     return path.parent.name if path.name == run_directory.ARTIFACT else path.stem
 
 

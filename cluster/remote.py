@@ -8,7 +8,9 @@ same arguments: it costs time and changes nothing.
 
 import itertools
 import os
+import signal
 import socket
+import threading
 import warnings
 from typing import Any
 
@@ -50,9 +52,6 @@ class Worker:
     def estimate(
         self, reference: list[Any], theta: Theta, state: Any, key_data: np.ndarray
     ) -> tuple[Estimate, Any]:
-        # arrays from the object store are read-only views of shared memory; the program consumes
-        # its input
-        state = jax.tree.map(lambda x: jnp.array(x, copy=True), state)
         key = jax.random.wrap_key_data(jnp.asarray(key_data))
         return jax.device_get(self._program(reference).estimate(theta, state, key))
 
@@ -83,12 +82,13 @@ class RemoteState:
         return cls(whole=children[0])
 
 
-def connect(address: str | None, cpus: int) -> None:
+def connect(address: str | None, cpus: int) -> bool:
     """Joins the cluster at `address` ("auto" or host:port), or starts one on this machine's
-    loopback interface.
+    loopback interface. Returns whether this call did either: a session that was there is used.
 
     Raises:
       ConnectionError: no cluster answers there.
+      ValueError: it has fewer than `cpus` cores, and would make the workers wait for ever.
     """
     # All of these must be set before ray is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -102,18 +102,31 @@ def connect(address: str | None, cpus: int) -> None:
     import ray
 
     if ray.is_initialized():
-        return
+        return False
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        # "local": not whatever RAY_ADDRESS or an earlier `ray start` points to
+        options |= {"address": "local", "include_dashboard": False}
+        options["num_cpus"] = max(cpus, os.cpu_count() or 1)
+    else:
+        options["address"] = address
+    on_terminate = signal.getsignal(signal.SIGTERM)
     with warnings.catch_warnings():
         # Ray starts its servers by fork and exec at once, which jax's threads do not mind
         warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-        if address is None:
-            ray.init(num_cpus=cpus, include_dashboard=False, **options)
-            return
         try:
-            ray.init(address=address, **options)
+            ray.init(**options)
         except ConnectionError:
             raise ConnectionError(f"no Ray cluster at `address` {address}; {HINT}") from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray put its own handler there
+    available = ray.cluster_resources().get("CPU", 0)
+    if available < cpus:
+        ray.shutdown()
+        raise ValueError(
+            f"`workers` need {cpus} cores, the cluster at {address} has {available:.0f}"
+        )
+    return True
 
 
 def check_reachable(address: str) -> None:
@@ -140,7 +153,7 @@ class Remote:
     ):
         parts = partition(estimator, workers)
         self._particles = [part.particles for part in parts]
-        connect(address, cpus=max(workers * cpus_per_worker, os.cpu_count() or 1))
+        self._connected = connect(address, cpus=workers * cpus_per_worker)
         # NPROC is the one setting that holds XLA's thread pool to a core; it must be there before
         # jax is
         environment = {
@@ -200,7 +213,8 @@ class Remote:
         return self._ray.get([worker.pid.remote() for worker in self._workers])
 
     def close(self) -> None:
-        """Ends the workers, and the cluster if it is this process's own."""
+        """Ends the workers, and the connection (with it a local cluster) if it was made here."""
         for worker in self._workers:
             self._ray.kill(worker)  # pyright: ignore[reportArgumentType]
-        self._ray.shutdown()
+        if self._connected:
+            self._ray.shutdown()

@@ -4,8 +4,12 @@ report.html. Nothing is a pickle.
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from meta_train.recipes.base import Recipe
 
@@ -18,39 +22,60 @@ REPORT = "report.html"
 EVENTS = "tensorboard"
 
 
-def open_run(directory: Path, recipe: Recipe, resume: bool, default: Recipe) -> Recipe:
-    """Creates the directory, or finds the run in it when `resume`; returns the recipe to run.
+def choose_recipe(directory: Path, asked: Recipe | None, resume: bool) -> Recipe:
+    """The recipe to run: `asked`, or that of the run in the directory when `resume`.
 
-    A run that is resumed keeps the recipe it was started with: `recipe` must be that one or, where
-    no option was given, the `default`.
+    A run that is resumed keeps its recipe; `asked` must then be None or the same. Writes nothing.
 
     Raises:
       FileExistsError: the directory is not empty, and `resume` was not asked for.
       ValueError: the recipe is not that of the run; or there is something, but no run, to resume.
     """
-    config = directory / CONFIG
     occupied = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
-    if occupied and not resume:
+    if not occupied:
+        return asked or Recipe()
+    if not resume:
         raise FileExistsError(
             f"`run_dir` {directory} exists and is not empty: choose another, or add --resume"
         )
-    if occupied and not config.is_file():
+    if not (directory / CONFIG).is_file():
         raise ValueError(f"`run_dir` {directory} is not empty and holds no run (no {CONFIG})")
-    if occupied:
-        saved = read_recipe(directory)
-        if recipe not in (saved, default):
-            changed = [
-                f"{name}: {old!r} in the run, {new!r} asked for"
-                for name, old in vars(saved).items()
-                if old != (new := getattr(recipe, name))
-            ]
-            raise ValueError(f"`run_dir` {directory} has another recipe: {'; '.join(changed)}")
-        return saved
+    saved = read_recipe(directory)
+    if asked not in (None, saved):
+        changed = [
+            f"{name}: {old!r} in the run, {new!r} asked for"
+            for name, old in vars(saved).items()
+            if old != (new := getattr(asked, name))
+        ]
+        raise ValueError(
+            f"`run_dir` {directory} has another recipe ({'; '.join(changed)}): choose another "
+            "directory, or leave these options out"
+        )
+    return saved
+
+
+@contextmanager
+def opened(directory: Path, recipe: Recipe) -> Iterator[None]:
+    """Makes the directory with its config.json where it is missing, and holds it for one process.
+
+    Raises:
+      BlockingIOError: another process is at work in it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{CONFIG}"
-    temporary.write_text(recipe.to_json() + "\n")
-    os.replace(temporary, config)
-    return recipe
+    try:
+        with filelock.FileLock(directory / ".lock", timeout=0):
+            if not (directory / CONFIG).exists():
+                write(directory / CONFIG, recipe.to_json() + "\n")
+            yield
+    except filelock.Timeout:
+        raise BlockingIOError(f"`run_dir` {directory}: another process is at work in it") from None
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file in one piece."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def read_recipe(directory: Path) -> Recipe:
@@ -93,9 +118,7 @@ class MetricsLog:
     def __init__(self, directory: Path, step: int):
         kept = [line for line in read_metrics(directory) if line["step"] < step]
         self.seconds = kept[-1]["seconds"] if kept else 0.0
-        temporary = directory / f".{METRICS}"
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, directory / METRICS)
+        write(directory / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = (directory / METRICS).open("a", buffering=1)
         self._events = event_writer(directory)
 

@@ -30,6 +30,8 @@ class Hyperparams:
     def __post_init__(self):
         if self.knots < 2:
             raise ValueError(f"`knots` must be at least 2, got {self.knots}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"`learning_rate` must be positive, got {self.learning_rate}")
 
     def init(self, key: base.Key) -> base.Theta:
         """A constant schedule at `learning_rate`."""

@@ -51,7 +51,8 @@ def start(
 ) -> MetaState:
     """The state before the first step."""
     init_key, particle_key, key = jax.random.split(jax.random.key(seed), 3)
-    theta = rule.init(init_key)
+    # strongly typed, as after a step: otherwise the second step would be another program
+    theta = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), rule.init(init_key))
     return MetaState(theta, optimizer.init(theta), estimator.init(theta, particle_key), key, 0)
 
 

@@ -5,8 +5,10 @@ import difflib
 import functools
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -18,6 +20,11 @@ from tasks.base import Key, Split
 SPLITS = ("train", "valid", "test")
 PARTS = ("meta_train", "held_out")
 EMBEDDED = ("digits", "breast_cancer", "wine", "iris", "synthetic")
+
+
+def cache_directory() -> Path:
+    """$LEARNED_OPT_CACHE, or ~/.cache/learned-opt."""
+    return Path(os.environ.get("LEARNED_OPT_CACHE", "~/.cache/learned-opt")).expanduser()
 
 
 class Batch(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any
 import filelock
 import numpy as np
 
-from tasks.data import EMBEDDED, Rows, resized, sha256
+from tasks.data import EMBEDDED, Rows, cache_directory, resized, sha256
 
 LOOKUP_SECONDS = 3.0
 
@@ -36,7 +36,7 @@ def read(name: str, size: tuple[int, int] | None) -> Rows:
       ConnectionError: it is not on disk and its host cannot be reached; said within 5 seconds.
     """
     data_dir = os.environ.get("TFDS_DATA_DIR")
-    cache = Path(os.environ.get("LEARNED_OPT_CACHE", "~/.cache/learned-opt")).expanduser()
+    cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     label = f"tfds-{name}" + (f"@{size[0]}x{size[1]}" if size else "")
     # Two folders may hold different datasets of one name.

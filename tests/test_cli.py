@@ -65,6 +65,10 @@ def test_every_command_has_complete_help_with_an_example(command, capsys):
         (["--address", "auto"], "`address` auto needs `workers` of at least 1"),
         (["--workers", "1", "--address", "127.0.0.1:1"], "no Ray cluster at `address` 127.0.0.1:1"),
         (["--recipe", "quikstart"], "did you mean 'quickstart'?"),
+        (["--clip", "inf"], "`clip` must be positive"),
+        (["--seed", "-1"], "`seed` must be at least 0"),
+        (["--task", "conv_net(data='wine')"], "image"),
+        (["--estimator", "full_bptt(objective='avg')"], "`objective` must be"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -168,6 +172,12 @@ def test_killed_interrupted_and_resumed_runs_end_bit_equal(tmp_path, capsys):
     assert "is finished" in out
     err = run("meta-train", "--run-dir", directory, *TINY, *options, code=2, capsys=capsys).err
     assert "exists and is not empty" in err
+    err = run(
+        *("meta-train", "--run-dir", directory, *TINY, "--outer-steps", "1000", "--resume"),
+        code=2,
+        capsys=capsys,
+    ).err  # the default, but asked for
+    assert "outer_steps: 400 in the run, 1000 asked for" in err
     changed = [*TINY, "--rule", "hyperparams", "--resume"]
     err = run("meta-train", "--run-dir", directory, *changed, code=2, capsys=capsys).err
     assert "has another recipe" in err
@@ -207,6 +217,25 @@ def test_evaluate_writes_results_and_a_report(tmp_path, capsys):
     assert report.exists()
 
 
-def test_no_ray_without_workers():
-    code = "import sys; from cluster import cli, jobs; assert 'ray' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_a_run_without_workers_does_not_import_ray(tmp_path):
+    arguments = ["meta-train", "--run-dir", str(tmp_path / "run"), *TINY, "--outer-steps", "2"]
+    code = (
+        f"import sys; from cluster import cli; cli.main({arguments}); "
+        "assert 'ray' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_one_process_at_a_time_in_a_run_directory(tmp_path, capsys):
+    with run_directory.opened(tmp_path, Recipe(outer_steps=2)):
+        err = run("meta-train", "--run-dir", tmp_path, "--resume", code=2, capsys=capsys).err
+    assert "another process is at work in it" in err
+
+
+def test_optimizers_of_one_name_are_refused(tmp_path, capsys):
+    rule = cli.discovery.build("rule", "small_fc", cli.discovery.members(learned_opt))
+    for name in ("a", "b"):
+        learned_opt.save(tmp_path / name / "x.safetensors", rule, rule.init(jax.random.key(0)), {})
+    paths = [str(tmp_path / name / "x.safetensors") for name in ("a", "b")]
+    err = run("evaluate", "--optimizer", *paths, code=2, capsys=capsys).err
+    assert "there is another called x" in err

@@ -148,6 +148,14 @@ def test_impossible_fields_are_refused(cls, field):
         cls(**{field: 0})
 
 
+def test_impossible_objectives_and_fractions_of_particles_are_refused():
+    for cls in (FullES, FullBPTT):
+        with pytest.raises(ValueError, match="`objective` must be 'mean' or 'final', got 'avg'"):
+            cls(objective="avg")
+    with pytest.raises(ValueError, match=r"`particles` must be an integer, got 2.5"):
+        NRES(particles=2.5)
+
+
 def test_impossible_partitions_are_refused():
     with pytest.raises(ValueError, match=r"`parts` must be between 1 and .*\(4\), got 5"):
         partition(NRES(particles=4), 5)

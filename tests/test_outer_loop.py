@@ -92,6 +92,38 @@ def test_resume_is_bit_equal_and_an_interrupt_is_checkpointed(tmp_path, problem)
     jax.tree.map(np.testing.assert_array_equal, raw(undisturbed), raw(resumed))
 
 
+def test_an_interrupt_inside_the_estimate_loses_nothing(tmp_path, problem):
+    """It comes after the estimate was computed and before its result is bound."""
+    compiled, optimizer = Compiled(NRES(problem, particles=3)), outer_optimizer(0.1, 12)
+
+    class Interrupted:
+        calls = 0
+        init = staticmethod(compiled.init)
+
+        def estimate(self, theta, state, key):
+            result = compiled.estimate(theta, state, key)
+            self.calls += 1
+            if self.calls == 3:
+                raise KeyboardInterrupt
+            return result
+
+    estimator = Interrupted()
+    state, checkpoints = start(problem.rule, estimator, optimizer, seed=4), Checkpoints(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        meta_train(estimator, optimizer, state, 12, checkpoints)
+    assert checkpoints.latest() == 2
+    assert np.all(np.isfinite(checkpoints.restore(state).theta["log_learning_rate"]))
+
+
+def test_one_program_for_all_steps(problem):
+    """Hyperparams' theta is made of Python numbers: were it weakly typed, step 2 would compile."""
+    estimator, optimizer = Compiled(NRES(problem, particles=3)), outer_optimizer(0.1, 4)
+    state = start(problem.rule, estimator, optimizer, seed=0)
+    types = [(x.dtype, x.weak_type) for x in jax.tree.leaves(state.theta)]
+    final = meta_train(estimator, optimizer, state, 2)
+    assert types == [(x.dtype, x.weak_type) for x in jax.tree.leaves(final.theta)]
+
+
 def test_checkpoints_keep_the_newest_and_refuse_others(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):

@@ -85,8 +85,6 @@ def estimate(
 def gradient(losses: jax.Array, credit: Theta, sigma: float) -> base.Estimate:
     """A particle's estimate from the losses [2] of its two halves."""
     difference = losses[0] - losses[1]
-    # tasks promise finite losses; one that breaks the promise costs its particle, not the estimate
-    difference = jnp.where(jnp.isfinite(difference), difference, 0.0)
     grad = jax.tree.map(lambda c: c * (difference / (2.0 * sigma**2)), credit)
     return base.Estimate(grad, jnp.mean(losses), {"squared_difference": difference**2})
 

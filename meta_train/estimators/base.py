@@ -43,10 +43,12 @@ class ParticleEstimator(GradientEstimator, Protocol):
     all randomness of a particle comes from its index, so the estimate does not depend on which
     process hosts which particle. Every array of the state has the particles as its leading axis.
     `truncated` declares the bias: the gradient is that of each window for a given start state, not
-    that of the episode. `unrolls` counts the unrolls that an estimate takes per particle.
+    that of the episode. `backpropagates` tells the problem to rematerialise. `unrolls` counts the
+    unrolls that an estimate takes per particle.
     """
 
     truncated: ClassVar[bool]
+    backpropagates: ClassVar[bool]
 
     @property
     def problem(self) -> InnerProblem: ...
@@ -71,9 +73,17 @@ def static(default: Any = dataclasses.MISSING) -> Any:
 
 
 def check_particles(estimator: ParticleEstimator) -> None:
-    """Raises ValueError unless there is at least one particle."""
+    """Raises ValueError unless the number of particles is a positive integer."""
+    if not isinstance(estimator.particles, int):
+        raise ValueError(f"`particles` must be an integer, got {estimator.particles!r}")
     if estimator.particles < 1:
         raise ValueError(f"`particles` must be at least 1, got {estimator.particles}")
+
+
+def check_objective(objective: str) -> None:
+    """Raises ValueError unless it is one that `episode_loss` knows."""
+    if objective not in ("mean", "final"):
+        raise ValueError(f"`objective` must be 'mean' or 'final', got {objective!r}")
 
 
 def over_particles(estimator: ParticleEstimator, function: Callable, key: Key, *states: Any) -> Any:
@@ -84,8 +94,19 @@ def over_particles(estimator: ParticleEstimator, function: Callable, key: Key, *
 
 
 def mean_estimate(particles: Estimate) -> Estimate:
-    """Estimates stacked on a leading axis -> their mean."""
-    return jax.tree.map(lambda x: jnp.mean(x, axis=0), particles)
+    """Estimates stacked on a leading axis -> their mean.
+
+    A particle with a non-finite gradient (backpropagation through a diverged run) costs itself, not
+    the estimate: its gradient counts as zero.
+    """
+    finite = [jnp.isfinite(x).reshape(len(x), -1).all(axis=1) for x in jax.tree.leaves(particles)]
+    good = jnp.stack(finite).all(axis=0)
+
+    def zero_if_bad(x: jax.Array) -> jax.Array:
+        return jnp.where(good.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0)
+
+    grad, info = jax.tree.map(zero_if_bad, (particles.grad, particles.info))
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), Estimate(grad, particles.loss, info))
 
 
 def select(condition: jax.Array, yes: Any, no: Any) -> Any:

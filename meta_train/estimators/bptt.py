@@ -22,6 +22,7 @@ class TruncatedBPTT:
     """
 
     truncated: ClassVar[bool] = True
+    backpropagates: ClassVar[bool] = True
     problem: InnerProblem = base.UNBOUND
     particles: int = base.static(16)
     first_particle: int | jax.Array = 0
@@ -63,12 +64,15 @@ class FullBPTT:
     """
 
     truncated: ClassVar[bool] = False
+    backpropagates: ClassVar[bool] = True
     problem: InnerProblem = base.UNBOUND
     particles: int = base.static(16)
     objective: Literal["mean", "final"] = base.static("mean")
     first_particle: int | jax.Array = 0
 
-    __post_init__ = base.check_particles
+    def __post_init__(self):
+        base.check_particles(self)
+        base.check_objective(self.objective)
 
     @property
     def unrolls(self) -> int:

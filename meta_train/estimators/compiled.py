@@ -10,13 +10,12 @@ from learned_opt.base import Theta
 from meta_train.estimators.base import Estimate, Key, ParticleEstimator
 
 _init = jax.jit(lambda estimator, theta, key: estimator.init(theta, key))
-_estimate = jax.jit(
-    lambda estimator, theta, state, key: estimator.estimate(theta, state, key), donate_argnums=2
-)
+# the state is not donated: an interrupt between two steps must find the old one whole
+_estimate = jax.jit(lambda estimator, theta, state, key: estimator.estimate(theta, state, key))
 
 
 class Compiled:
-    """The same two methods, jitted; the state passed to `estimate` is consumed."""
+    """The same two methods, jitted."""
 
     def __init__(self, estimator: ParticleEstimator):
         self.estimator = jax.device_put(estimator)

@@ -20,6 +20,7 @@ class FullES:
     """
 
     truncated: ClassVar[bool] = False
+    backpropagates: ClassVar[bool] = False
     problem: InnerProblem = base.UNBOUND
     particles: int = base.static(16)
     sigma: float = base.static(0.01)
@@ -28,8 +29,7 @@ class FullES:
 
     def __post_init__(self):
         antithetic.check(self)
-        if self.objective not in ("mean", "final"):
-            raise ValueError(f"`objective` must be 'mean' or 'final', got {self.objective!r}")
+        base.check_objective(self.objective)
 
     @property
     def unrolls(self) -> int:

@@ -15,13 +15,15 @@ from meta_train.unroll import InnerProblem
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NRES:
-    """Unbiased for the smoothed mean loss of an episode, with the least variance of the persistent
-    family.
+    """Unbiased, with the least variance of the persistent family.
 
-    ES-Single (arXiv 2304.11153) is the same mechanism.
+    What it estimates is the gradient of the smoothed mean loss of an episode; where horizons vary,
+    every window weighs the same, so long episodes count for their length. ES-Single (arXiv
+    2304.11153) is the same mechanism.
     """
 
     truncated: ClassVar[bool] = False
+    backpropagates: ClassVar[bool] = False
     problem: InnerProblem = base.UNBOUND
     particles: int = base.static(16)
     sigma: float = base.static(0.01)

@@ -16,11 +16,10 @@ from meta_train.unroll import InnerProblem
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PES:
-    """Unbiased for the smoothed mean loss of an episode. Its variance grows with the windows per
-    episode.
-    """
+    """Unbiased for what `nres` estimates; its variance grows with the windows per episode."""
 
     truncated: ClassVar[bool] = False
+    backpropagates: ClassVar[bool] = False
     problem: InnerProblem = base.UNBOUND
     particles: int = base.static(16)
     sigma: float = base.static(0.01)

@@ -41,6 +41,7 @@ class TruncatedES:
     """
 
     truncated: ClassVar[bool] = True
+    backpropagates: ClassVar[bool] = False
     problem: InnerProblem = base.UNBOUND
     particles: int = base.static(16)
     sigma: float = base.static(0.01)

@@ -4,6 +4,7 @@ and a command line can hold.
 
 import dataclasses
 import json
+import math
 
 import optax
 
@@ -47,8 +48,10 @@ class Recipe:
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
         for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"`seed` must be at least 0 and below 2**63, got {self.seed}")
 
     def build_rule(self) -> LearnedOptimizer:
         return discovery.build("rule", self.rule, discovery.members(learned_opt))
@@ -62,10 +65,8 @@ class Recipe:
         family = discovery.build("task", self.task, discovery.members(tasks))
         members = discovery.members(meta_train.estimators)
         estimator = discovery.build("estimator", self.estimator, members)
-        # backpropagation through an unroll keeps every step's intermediates unless they are
-        # recomputed
-        remat = "bptt" in discovery.name_of(type(estimator))
-        problem = Training(family, self.build_rule(), self.horizon, self.truncation, remat)
+        rule, remat = self.build_rule(), estimator.backpropagates
+        problem = Training(family, rule, self.horizon, self.truncation, remat)
         return dataclasses.replace(estimator, problem=problem)
 
     def build_optimizer(self) -> optax.GradientTransformation:
