@@ -23,7 +23,10 @@ from meta_train.estimators.base import Estimate, Key, ParticleEstimator, combine
 
 TASK_RETRIES = 5
 PATIENCE_SECONDS = 5.0
-HINT = "start one with `ray start --head`, or leave `address` out to run on this machine"
+HINT = (
+    "start one with `ray start --head` and give the address it prints, or leave `address` out to run "
+    "on this machine"
+)
 
 
 class Worker:

@@ -92,8 +92,9 @@ def meta_train(
             theta, opt_state, norm = outer_step(
                 optimizer, state.theta, state.opt_state, estimate.grad
             )
-            state = MetaState(theta, opt_state, estimator_state, state.key, step + 1)
+            # before the step counts: what is checkpointed has been logged
             on_step(step, estimate, norm)
+            state = MetaState(theta, opt_state, estimator_state, state.key, step + 1)
             if checkpoints and (step + 1) % checkpoint_every == 0:
                 checkpoints.save(step + 1, state)
     finally:
