@@ -24,8 +24,8 @@ from meta_train.estimators.base import Estimate, Key, ParticleEstimator, combine
 TASK_RETRIES = 5
 PATIENCE_SECONDS = 5.0
 HINT = (
-    "start one with `ray start --head` and give the address it prints, or leave `address` out to run "
-    "on this machine"
+    "start one with `ray start --head` and give the address it prints, or leave `address` out to "
+    "run on this machine"
 )
 
 

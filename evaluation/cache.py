@@ -1,7 +1,8 @@
 """Results on disk under the hash of all that determines them; a damaged file is recomputed."""
 
+import dataclasses
+import functools
 import hashlib
-import inspect
 import os
 import re
 import tempfile
@@ -15,42 +16,85 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-SCHEMA = 1  # raise it when the same inputs would give other numbers
+from evaluation.baselines import Baseline, Scheduled
+from tasks.base import Key, TaskFamily, train_step
+from tasks.data import cache_directory
+
+SCHEMA = 2  # raise it when the same inputs would give other numbers
 
 Arrays = dict[str, np.ndarray]
 
 
 def default_directory() -> Path:
-    """$LEARNED_OPT_CACHE/baselines, or ~/.cache/learned-opt/baselines."""
-    root = os.environ.get("LEARNED_OPT_CACHE") or Path.home() / ".cache" / "learned-opt"
-    return Path(root) / "baselines"
+    """The sub-folder of baselines in the cache directory."""
+    return cache_directory() / "baselines"
 
 
-def content_hash(family: Any, *parts: Any) -> str:
-    """sha256 of a task family (its class, source file, static fields and every array), `parts`
-    and the versions of jax and optax."""
-    leaves, treedef = jax.tree.flatten(family)
+def content_hash(family: TaskFamily, *parts: Any) -> str:
+    """sha256 of a task family (the program of a training step and every array), of `parts` (of a
+    baseline also its program), and of the versions of jax and optax."""
     digest = hashlib.sha256()
-    for part in (SCHEMA, jax.__version__, optax.__version__, type(family), treedef, *parts):
-        # Functions print their address, which changes from process to process.
-        digest.update(re.sub(r" at 0x[0-9a-f]+", "", repr(part)).encode() + b"\0")
-    digest.update(_source(family).encode())
-    for leaf in leaves:
-        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)  # noqa: PLW2901
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{array.shape}{array.dtype}".encode())
-        digest.update(array.tobytes())
+    programs = [_family_program(_Same(family))]
+    programs += [_baseline_program(part) for part in parts if isinstance(part, Baseline)]
+    for part in (SCHEMA, jax.__version__, optax.__version__, *parts, *programs):
+        digest.update(_without_addresses(repr(part)).encode() + b"\0")
+    for leaf in jax.tree.leaves(family):
+        digest.update(_bytes(leaf))
     return digest.hexdigest()
 
 
-def _source(family: Any) -> str:
-    # An edited loss must not be answered with the curves of the old one.
-    module = inspect.getmodule(type(family))
-    try:
-        return inspect.getsource(module) if module else ""
-    except (OSError, TypeError):  # defined at a prompt: no file to read
-        return ""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Same:
+    """Compares by identity of what it holds."""
+
+    value: Any
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+@functools.lru_cache(maxsize=64)
+def _family_program(family: _Same) -> str:
+    return _program(_task_step, family.value, jax.random.key(0))
+
+
+def _program(function: Callable, *args: Any) -> str:
+    """What `function` computes, as text: functions held in static fields have no other name that
+    lasts longer than the process, and an edited one keeps its name."""
+    closed = jax.make_jaxpr(function)(*args)
+    consts = hashlib.sha256(b"".join(_bytes(const) for const in closed.consts)).hexdigest()
+    return _without_addresses(str(closed)) + consts
+
+
+def _task_step(family: TaskFamily, key: Key) -> Any:
+    task, optimizer = family(key), optax.sgd(1.0)
+    params = task.init(key)
+    batches = [task.batch(key, split) for split in ("train", "valid", "test")]
+    step = train_step(task, optimizer, params, optimizer.init(params), batches[0])
+    return step, [task.normalize(task.loss(params, batch)) for batch in batches]
+
+
+def _baseline_program(baseline: Baseline) -> str:
+    def step(params):
+        optimizer = Scheduled(baseline.make, 10)({name: v[0] for name, v in hypers.items()})
+        return optimizer.update(params, optimizer.init(params), params)
+
+    hypers = baseline.grid()
+    return _program(step, {"w": jnp.ones((2, 3)), "b": jnp.ones(3)})
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def _bytes(leaf: Any) -> bytes:
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    array = np.ascontiguousarray(leaf)
+    return f"{array.shape}{array.dtype}".encode() + array.tobytes()
 
 
 def cached(path: Path, names: tuple[str, ...], compute: Callable[[], Arrays]) -> Arrays:
@@ -65,10 +109,14 @@ def cached(path: Path, names: tuple[str, ...], compute: Callable[[], Arrays]) ->
     arrays = compute()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        np.savez_compressed(file, allow_pickle=False, **{name: arrays[name] for name in names})
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+        try:
+            np.savez_compressed(file, allow_pickle=False, **{name: arrays[name] for name in names})
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
     return {name: np.asarray(arrays[name]) for name in names}
 
 

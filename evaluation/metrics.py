@@ -6,6 +6,7 @@ reference has as many seeds as the curve, which are then paired, or one. Losses 
 as ratios of others mean little; they are floored at 1e-12.
 """
 
+import inspect
 from collections.abc import Callable
 
 import numpy as np
@@ -131,16 +132,11 @@ def _first(best: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.where(hit.any(axis=1), hit.argmax(axis=1) + 1.0, np.inf)
 
 
+# Every public function of (curve, reference) here is a metric.
 METRICS: dict[str, Metric] = {
-    metric.__name__: metric
-    for metric in (
-        final_train_loss,
-        mean_train_loss,
-        held_out_loss,
-        steps_to_target,
-        speedup,
-        survival,
-        step_time,
-        state_memory,
-    )
+    name: function
+    for name, function in list(globals().items())
+    if not name.startswith("_")
+    and inspect.isfunction(function)
+    and list(inspect.signature(function).parameters) == ["curve", "reference"]
 }

@@ -1,6 +1,7 @@
 """One self-contained report.html, and the same table for a terminal."""
 
 import html
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,9 @@ def render(
         "<h2>Task by task</h2>",
         _per_task(results),
         "<p class=note>Mean training loss of tuned Adam divided by that of the row (interquartile "
-        "mean over seeds), and the learning rate that tuning chose there; * marks the edge of a "
-        "grid, beyond which a better one may lie.</p>",
+        "mean over seeds), the same for Adam at its default learning rate, and the learning rate "
+        "that tuning chose there; * marks the edge of a grid, beyond which a better one may "
+        "lie.</p>",
         "<h2>Loss curves</h2>",
         plots.svg(plots.loss_curves(results)),
         "<p class=note>Training loss, smoothed, lower is better: the line is the mean over seeds, "
@@ -96,11 +98,13 @@ def render(
             "<p class=note>The loss that meta-training lowers, on its training tasks; lower is "
             "better.</p>",
         ]
-    Path(path).write_text(
+    partial = Path(path).with_suffix(".tmp")
+    partial.write_text(
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Optimizer evaluation</title>'
         f"<style>{STYLESHEET}</style><body>{''.join(sections)}</body></html>\n",
         encoding="utf-8",
     )
+    os.replace(partial, path)
 
 
 def plot_curves(results: Results, path: str | Path) -> None:
@@ -113,18 +117,23 @@ def table(results: Results) -> rich.table.Table:
     about = results.about
     view = rich.table.Table(
         title=f"{len(about['tasks'])} tasks, {about['steps']} steps, {about['seeds']} seeds",
-        caption="Training and held-out loss as ratios to Adam's, above 1 is better; time per step "
-        "relative to Adam's, below 1 is better. 95% intervals over tasks and seeds.",
+        caption="Mean and final training loss and held-out loss as ratios to Adam's: above 1 is "
+        "better. Time per step over Adam's: below 1 is better. 95% intervals over seeds.",
         box=rich.box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    view.add_column("optimizer", min_width=16)
+    view.add_column("optimizer", min_width=15)
     for heading in SHORT.values():
         view.add_column(heading, justify="right", no_wrap=True)
     for name in ranked(results):
-        cells = [_cell(results.summary[name].get(column), column, digits=2) for column in SHORT]
+        cells = []
+        for column in SHORT:
+            estimate, interval, _ = _cell(results.summary[name].get(column), column, digits=2)
+            # what is not a ratio to win has no room for its range here
+            shown = interval if COLUMNS[column][1] == "x" else ""
+            cells.append(f"{estimate}\n[dim]{shown}[/dim]")
         bold = "bold" if results.rows[name]["kind"] == "contender" else None
-        view.add_row(name, *(f"{a}\n[dim]{b}[/dim]" for a, b, _ in cells), style=bold)
+        view.add_row(name, *cells, style=bold)
     return view
 
 
@@ -216,11 +225,12 @@ def _per_task(results: Results) -> str:
         for task in tasks:
             score = float(iqm(results.scores["tuned"][name][task]["mean_train_loss"]))
             chosen = row["chosen"].get(task)
-            note = ""
+            default = float(iqm(results.scores["default"][name][task]["mean_train_loss"]))
+            note = f"<small>{_short(default, 3)}x default Adam</small>"
             if chosen:
                 schedule = "cosine" if chosen["cosine"] else "constant"
                 edge = "*" if chosen["at_edge"] else ""
-                note = f"<small>lr {chosen['learning_rate']:g}{edge}, {schedule}</small>"
+                note += f"<small>lr {chosen['learning_rate']:g}{edge}, {schedule}</small>"
             verdict = "win" if score > 1 else "loss" if score < 1 else ""
             cells.append(f'<td><span class="{verdict}">{_short(score, 3)}x</span>{note}</td>')
         body.append(f"<tr class={row['kind']}>{''.join(cells)}</tr>")

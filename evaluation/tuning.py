@@ -1,5 +1,7 @@
 """Tuning a baseline on one task: its grid runs on some seeds to choose, on others to be judged."""
 
+import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -131,7 +133,8 @@ def prepare_seconds(
 
 
 def _seconds_path(baseline, family, cache_dir) -> Path:
-    name = content_hash(family, baseline, "seconds", jax.default_backend())
+    machine = (platform.node(), platform.machine(), platform.processor(), os.cpu_count())
+    name = content_hash(family, baseline, "seconds", jax.default_backend(), machine)
     return Path(cache_dir or default_directory()) / f"{baseline.name}-seconds-{name[:32]}.npz"
 
 

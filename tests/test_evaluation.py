@@ -1,6 +1,8 @@
 """Curves against a plain loop, tuning against a known optimum, the cache, a whole evaluation."""
 
 import dataclasses
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -12,6 +14,7 @@ import pytest
 from evaluation import baselines, curve, report, timing
 from evaluation.baselines import Baseline
 from evaluation.benchmark import DEFAULT, ORACLE, evaluate
+from evaluation.cache import content_hash
 from evaluation.curve import train_curves
 from evaluation.results import load, save
 from evaluation.tuning import tune, untuned
@@ -198,17 +201,41 @@ def test_cache_hit_is_identical_and_a_damaged_file_is_recomputed(tmp_path, monke
 
 
 def test_cache_key_sees_data_fields_and_not_addresses():
-    from evaluation.cache import content_hash
-
     base = content_hash(QUIET, SGD, 3)
     assert base == content_hash(Bowl(jnp.zeros((4, 3))), dataclasses.replace(SGD), 3)
     others = [
         content_hash(Bowl(jnp.ones((4, 3))), SGD, 3),
         content_hash(Bowl(jnp.zeros((4, 3)), noise=0.1), SGD, 3),
         content_hash(QUIET, dataclasses.replace(SGD, learning_rates=(0.1,)), 3),
+        content_hash(QUIET, dataclasses.replace(SGD, make=lambda lr, _: optax.sgd(lr)), 3),
         content_hash(QUIET, SGD, 4),
     ]
-    assert len({base, *others}) == 5
+    assert len({base, *others}) == 6
+
+
+MODEL_HASH = """
+import haiku as hk, jax.numpy as jnp
+from evaluation.cache import content_hash
+from tasks.adapters import from_haiku
+from tasks.data import synthetic
+
+def model_hash(width, power):
+    model = hk.transform(lambda x: hk.nets.MLP([width, 3])(x.reshape(len(x), -1)))
+    loss = lambda out, y: jnp.abs(out) ** power
+    return content_hash(from_haiku(model, loss, synthetic()), 3)
+"""
+
+
+def test_cache_key_sees_functions_and_is_the_same_in_every_process():
+    """Functions in static fields have no lasting name: their programs tell them apart."""
+    names = {}
+    exec(MODEL_HASH, names)
+    base = names["model_hash"](4, 2)
+    assert base == names["model_hash"](4, 2)
+    assert len({base, names["model_hash"](5, 2), names["model_hash"](4, 3)}) == 3
+    code = MODEL_HASH + "print(model_hash(4, 2))"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert out.stdout.strip() == base
 
 
 def test_step_seconds_tells_slow_from_fast():
