@@ -4,8 +4,11 @@ Every metric is `(curve, reference) -> [seeds]`, is 1 for a curve against itself
 [0, BOUND], and is 0, the worst, where the curve failed (NaN, infinity, target never reached). The
 reference has as many seeds as the curve, which are then paired, or one. Losses should be positive,
 as ratios of others mean little; they are floored at 1e-12.
+
+A metric is any public function here whose parameters are `(curve, reference)`: `METRICS` has them.
 """
 
+import inspect
 import inspect
 from collections.abc import Callable
 
@@ -135,8 +138,7 @@ def _first(best: np.ndarray, target: np.ndarray) -> np.ndarray:
 # Every public function of (curve, reference) here is a metric.
 METRICS: dict[str, Metric] = {
     name: function
-    for name, function in list(globals().items())
+    for name, function in inspect.getmembers(inspect.getmodule(loss_ratio), inspect.isfunction)
     if not name.startswith("_")
-    and inspect.isfunction(function)
-    and list(inspect.signature(function).parameters) == ["curve", "reference"]
+    and [*inspect.signature(function).parameters] == ["curve", "reference"]
 }

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from evaluation.atomic import replacing
 
 SCHEMA = 1
 
@@ -32,14 +33,11 @@ class Results:
 
 def save(results: Results, path: str | Path) -> None:
     """Writes JSON, atomically."""
-    path = Path(path)
     text = json.dumps(
         {"schema": SCHEMA, **dataclasses.asdict(results)}, allow_nan=False, separators=(",", ":")
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(path.suffix + ".tmp")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def load(path: str | Path) -> Results:

@@ -24,7 +24,7 @@ EMBEDDED = ("digits", "breast_cancer", "wine", "iris", "synthetic")
 
 def cache_directory() -> Path:
     """$LEARNED_OPT_CACHE, or ~/.cache/learned-opt."""
-    return Path(os.environ.get("LEARNED_OPT_CACHE", "~/.cache/learned-opt")).expanduser()
+    return Path(os.environ.get("LEARNED_OPT_CACHE") or "~/.cache/learned-opt").expanduser()
 
 
 class Batch(NamedTuple):
