@@ -9,7 +9,6 @@ A metric is any public function here whose parameters are `(curve, reference)`: 
 """
 
 import inspect
-import inspect
 from collections.abc import Callable
 
 import numpy as np
