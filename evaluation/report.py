@@ -1,7 +1,6 @@
 """One self-contained report.html, and the same table for a terminal."""
 
 import html
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import rich.box
 import rich.table
 
 from evaluation import plots
+from evaluation.atomic import replacing
 from evaluation.results import Results
 from evaluation.stats import iqm
 
@@ -98,13 +98,12 @@ def render(
             "<p class=note>The loss that meta-training lowers, on its training tasks; lower is "
             "better.</p>",
         ]
-    partial = Path(path).with_suffix(".tmp")
-    partial.write_text(
+    page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Optimizer evaluation</title>'
-        f"<style>{STYLESHEET}</style><body>{''.join(sections)}</body></html>\n",
-        encoding="utf-8",
+        f"<style>{STYLESHEET}</style><body>{''.join(sections)}</body></html>\n"
     )
-    os.replace(partial, path)
+    with replacing(path) as file:
+        file.write(page.encode())
 
 
 def plot_curves(results: Results, path: str | Path) -> None:

@@ -215,6 +215,7 @@ def test_cache_key_sees_data_fields_and_not_addresses():
 
 MODEL_HASH = """
 import haiku as hk, jax.numpy as jnp
+from evaluation.baselines import BASELINES
 from evaluation.cache import content_hash
 from tasks.adapters import from_haiku
 from tasks.data import synthetic
@@ -222,7 +223,7 @@ from tasks.data import synthetic
 def model_hash(width, power):
     model = hk.transform(lambda x: hk.nets.MLP([width, 3])(x.reshape(len(x), -1)))
     loss = lambda out, y: jnp.abs(out) ** power
-    return content_hash(from_haiku(model, loss, synthetic()), 3)
+    return content_hash(from_haiku(model, loss, synthetic()), BASELINES["adam"], 3)
 """
 
 
