@@ -133,6 +133,7 @@ def meta_training(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         label = f"mean of the last {window}"
         panel.plot(steps, average, color="#0072B2", linewidth=2, label=label)
         panel.set_xlabel("outer step")
+        panel.set_yscale("log")
         panel.set_ylabel("meta-loss")
         figure.legend(loc="outside right center", frameon=False)
     return figure

@@ -78,8 +78,9 @@ def render(
         "<h2>Task by task</h2>",
         _per_task(results),
         "<p class=note>Mean training loss of tuned Adam divided by that of the row (interquartile "
-        "mean over seeds), the same for Adam at its default learning rate, and the learning rate "
-        "that tuning chose there; * marks the edge of a grid, beyond which a better one may "
+        "mean over seeds). In small the same for Adam at its default learning rate, where 2x or "
+        "more means at most half of its loss; and for tuned rows the learning rate and schedule "
+        "that tuning chose there: * marks the edge of a grid, beyond which a better one may "
         "lie.</p>",
         "<h2>Loss curves</h2>",
         plots.svg(plots.loss_curves(results)),

@@ -1,5 +1,7 @@
 """Tuning a baseline on one task: its grid runs on some seeds to choose, on others to be judged."""
 
+import contextlib
+import functools
 import os
 import platform
 from collections.abc import Callable
@@ -112,9 +114,10 @@ def untuned(tuned: Tuned, **hyper: float) -> Curve:
 def baseline_seconds(
     baseline: Baseline, family: TaskFamily, *, key: Key, cache_dir: str | Path | None = None
 ) -> tuple[float, float]:
-    """`timing.step_seconds` of a baseline, measured once per task and then read from the cache.
+    """`timing.step_seconds` of a baseline, measured once per task and machine, then cached.
 
     Both figures come from one measurement, so their ratio stays meaningful on another day.
+    Machines are told apart by `machine`.
     """
 
     def measure() -> dict[str, np.ndarray]:
@@ -133,9 +136,27 @@ def prepare_seconds(
 
 
 def _seconds_path(baseline, family, cache_dir) -> Path:
-    machine = (platform.node(), platform.machine(), platform.processor(), os.cpu_count())
-    name = content_hash(family, baseline, "seconds", jax.default_backend(), machine)
+    name = content_hash(family, baseline, "seconds", machine())
     return Path(cache_dir or default_directory()) / f"{baseline.name}-seconds-{name[:32]}.npz"
+
+
+@functools.cache
+def machine() -> tuple[str | int | None, ...]:
+    """What time per step depends on: the host, its processor and cores, jax's backend and device.
+
+    Rented hosts share names, so the name alone does not do.
+    """
+    host = (platform.node(), platform.machine(), _processor(), os.cpu_count())
+    return (*host, jax.default_backend(), jax.devices()[0].device_kind)
+
+
+def _processor() -> str:
+    # On Linux `platform.processor` is empty or no more than the architecture.
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def fixed(baseline: Baseline) -> MakeOptimizer:

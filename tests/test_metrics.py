@@ -6,6 +6,7 @@ import scipy.stats
 
 from evaluation import metrics, stats
 from evaluation.curve import Curve, envelope, smooth
+from evaluation.summary import COLUMNS
 
 SEEDS, STEPS = 3, 400
 
@@ -35,6 +36,12 @@ def noisy(seed):
     rng = np.random.default_rng(seed)
     decay = np.exp(-np.arange(STEPS) / 90)[None, :]
     return curve_of(decay * rng.uniform(0.8, 1.2, (SEEDS, STEPS)) + 0.05)
+
+
+def test_metrics_are_the_public_functions_of_two_curves():
+    assert {metric for _, metric in COLUMNS.values()} <= set(metrics.METRICS)
+    assert "loss_ratio" not in metrics.METRICS
+    assert all(metrics.METRICS[name] is getattr(metrics, name) for name in metrics.METRICS)
 
 
 @pytest.mark.parametrize("name", metrics.METRICS)
