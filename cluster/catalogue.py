@@ -2,19 +2,17 @@
 
 import json
 
-from rich.console import Console
 from rich.table import Table
 
 import learned_opt
 import meta_train.estimators
 import tasks
 from cluster.cli import recipes
+from cluster.jobs import console
 from evaluation.baselines import BASELINES
 from learned_opt import artifact, discovery
 from tasks.data import EMBEDDED
 from tasks.suites import SUITES
-
-console = Console()
 
 
 def show(name: str | None) -> None:
@@ -24,7 +22,7 @@ def show(name: str | None) -> None:
       FileNotFoundError, ValueError: as `artifact.read`.
     """
     if name is None:
-        console.print(_everything())
+        console.print(_everything(), soft_wrap=False)
         return
     rule, theta, card = artifact.read(name)
     count = sum(leaf.size for leaf in artifact.flatten(theta).values())

@@ -42,7 +42,7 @@ from meta_train.recipes.base import Recipe
 from tasks import suites
 from tasks.suites import SUITES
 
-console = Console()
+console = Console(soft_wrap=True)  # paths stay whole where the output is not a terminal
 
 
 @contextmanager
@@ -222,7 +222,7 @@ def evaluate(
         )
     directory.mkdir(parents=True, exist_ok=True)
     save_results(results, directory / run_directory.RESULTS)
-    console.print(table(results))
+    console.print(table(results), soft_wrap=False)
     console.print(f"report: {report(directory)}")
 
 

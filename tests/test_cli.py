@@ -132,18 +132,18 @@ def wait_for_line(directory, count, process):
 
 
 def test_killed_interrupted_and_resumed_runs_end_bit_equal(tmp_path, capsys):
-    options = ["--outer-steps", "400", "--checkpoint-every", "50"]
+    options = ["--outer-steps", "2000", "--checkpoint-every", "400"]
     run("meta-train", "--run-dir", tmp_path / "whole", *TINY, *options)
 
     directory = tmp_path / "broken"
     process = start(directory, *options)
-    wait_for_line(directory, 60, process)
+    wait_for_line(directory, 600, process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (directory / "theta.safetensors").exists()
 
     process = start(directory, *options, "--resume")
-    wait_for_line(directory, 120, process)
+    wait_for_line(directory, 900, process)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
@@ -158,13 +158,13 @@ def test_killed_interrupted_and_resumed_runs_end_bit_equal(tmp_path, capsys):
     )
     assert rules[0] == rules[1]
     jax.tree.map(np.testing.assert_array_equal, *thetas)
-    assert cards[0]["inner_steps"] == 400 * 2 * 2 * 2
+    assert cards[0]["inner_steps"] == 2000 * 2 * 2 * 2
     losses = [
         [line["loss"] for line in run_directory.read_metrics(tmp_path / name)]
         for name in ("whole", "broken")
     ]
     assert losses[0] == losses[1]
-    assert len(losses[0]) == 400
+    assert len(losses[0]) == 2000
 
     assert list((directory / "tensorboard").glob("events.out.tfevents.*"))
 
@@ -177,7 +177,7 @@ def test_killed_interrupted_and_resumed_runs_end_bit_equal(tmp_path, capsys):
         code=2,
         capsys=capsys,
     ).err  # the default, but asked for
-    assert "outer_steps: 400 in the run, 1000 asked for" in err
+    assert "outer_steps: 2000 in the run, 1000 asked for" in err
     changed = [*TINY, "--rule", "hyperparams", "--resume"]
     err = run("meta-train", "--run-dir", directory, *changed, code=2, capsys=capsys).err
     assert "has another recipe" in err
