@@ -1,5 +1,6 @@
 """What exists, by name: for `learned-opt show`."""
 
+import dataclasses
 import json
 
 from rich.table import Table
@@ -30,6 +31,17 @@ def show(name: str | None) -> None:
     console.print_json(json.dumps(card))
 
 
+def _fields(cls: type) -> str:
+    """The fields of a member with their defaults, as one would write them in a spec."""
+    shown = []
+    for field in dataclasses.fields(cls):
+        if field.name in ("problem", "first_particle"):  # bound by the recipe and by `partition`
+            continue
+        given = "" if field.default is dataclasses.MISSING else f"={field.default!r}"
+        shown.append(field.name + given)
+    return ", ".join(shown)
+
+
 def _everything() -> Table:
     table = Table("kind", "name", "fields (and their defaults)", title="learned-opt")
     for kind, package in (
@@ -38,7 +50,7 @@ def _everything() -> Table:
         ("estimator", meta_train.estimators),
     ):
         for name, cls in sorted(discovery.members(package).items()):
-            table.add_row(kind, name, discovery.signature(cls))
+            table.add_row(kind, name, _fields(cls))
     for kind, names in (
         ("dataset", [*EMBEDDED, "tfds:NAME"]),
         ("suite", SUITES),

@@ -101,7 +101,7 @@ def connect(address: str | None, cpus: int) -> bool:
         # alone.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     else:
-        check_reachable(address)
+        _check_reachable(address)
     import ray
 
     if ray.is_initialized():
@@ -132,7 +132,7 @@ def connect(address: str | None, cpus: int) -> bool:
     return True
 
 
-def check_reachable(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Ray itself would try for a minute; a plain connection knows in seconds."""
     if address == "auto":
         return

@@ -3,7 +3,6 @@ report.html. Nothing is a pickle.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import filelock
 
+from evaluation.atomic import replacing
 from meta_train.recipes.base import Recipe
 
 CONFIG = "config.json"
@@ -72,10 +72,9 @@ def opened(directory: Path, recipe: Recipe) -> Iterator[None]:
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a file in one piece."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """Writes a text file in one piece."""
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def read_recipe(directory: Path) -> Recipe:

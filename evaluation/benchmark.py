@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -108,13 +109,20 @@ def evaluate(
         if progress:
             progress(f"{task}: time per step", 0.8 + 0.2 * count / len(suite))
 
-    about = {
+    about = _about(start) | {
         "tasks": list(suite),
         "steps": steps,
         "seeds": seeds,
         "tuning_seeds": tuning_seeds,
         "criterion": criterion,
         "grids": {b.name: len(b.grid()["learning_rate"]) for b in chosen.values()},
+    }
+    return summarize(about, rows, curves, default=DEFAULT, tuned=adam)
+
+
+def _about(start: float) -> dict[str, Any]:
+    """What was run on, and how long it took since `start` (of time.perf_counter)."""
+    return {
         "device": jax.devices()[0].device_kind,
         "cpus": os.cpu_count(),
         "machine": f"{platform.system()} {platform.machine()}",
@@ -124,7 +132,6 @@ def evaluate(
         "date": time.strftime("%Y-%m-%d"),
         "seconds": round(time.perf_counter() - start, 1),
     }  # fmt: skip
-    return summarize(about, rows, curves, default=DEFAULT, tuned=adam)
 
 
 def tuned_name(baseline: Baseline) -> str:

@@ -89,14 +89,15 @@ def save(path: str | os.PathLike, rule: LearnedOptimizer, theta: Theta, card: Ca
         raise ValueError(f"`rule` {spec} could not be built again: {error}") from None
     if not survives:
         raise ValueError(f"`rule` does not survive its description {spec}: fields must be literals")
-    check_leaves(rule, flatten(theta), "`theta`")
+    leaves = flatten(theta)
+    check_leaves(rule, leaves, "`theta`")
     try:
         text = json.dumps(card, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`card` must be plain JSON: {error}") from None
     metadata = {"schema": SCHEMA, "rule": spec, "card": text}
     # not ascontiguousarray, which makes a scalar a vector
-    tensors = {name: np.asarray(leaf, order="C") for name, leaf in flatten(theta).items()}
+    tensors = {name: np.asarray(leaf, order="C") for name, leaf in leaves.items()}
     metadata["sha256"] = digest(metadata, tensors)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,8 +141,7 @@ def read(name_or_path: str | os.PathLike) -> tuple[LearnedOptimizer, Theta, Card
     Raises:
       FileNotFoundError: there is no such file or pretrained optimizer.
       ValueError: the file is damaged, is no artifact, is of a newer schema, names an unknown rule,
-        or its tensors are not
-        the rule's.
+        or its tensors are not the rule's.
     """
     path = find(name_or_path)
     try:

@@ -52,8 +52,7 @@ def build(kind: str, spec: str, known: dict[str, type]) -> Any:
 
     Raises:
       ValueError: the spec does not parse, names an unknown member or field (the message lists what
-        exists), or its fields
-        do not suit the member.
+        exists), or its fields do not suit the member.
     """
     try:
         node = ast.parse(spec.strip(), mode="eval").body
@@ -116,14 +115,3 @@ def spec_of(member: Any) -> str:
         f"{name}={spec_of(getattr(member, name))}" for name in fields_of(type(member))
     )
     return f"{name_of(type(member))}({fields})"
-
-
-def signature(cls: type) -> str:
-    """The fields of a member with their defaults, as one would write them in a spec."""
-    shown = []
-    for field in dataclasses.fields(cls):
-        if field.name in ("problem", "first_particle"):
-            continue
-        given = "" if field.default is dataclasses.MISSING else f"={field.default!r}"
-        shown.append(field.name + given)
-    return ", ".join(shown)
