@@ -51,6 +51,23 @@ def require_horizon(rule: LearnedOptimizer, horizon: Horizon) -> int | jax.Array
     return horizon
 
 
+def require_value(rule: LearnedOptimizer, extra_args: dict[str, Any]) -> jax.Array:
+    """The loss, which arrives as optax's keyword `value=`, as a float32 scalar.
+
+    Raises:
+      ValueError: it was not passed, or is not a scalar.
+    """
+    name, value = type(rule).__name__, extra_args.get("value")
+    if value is None:
+        raise ValueError(
+            f"`value` is required by {name}: pass the loss, "
+            "optimizer.update(grads, state, params, value=loss)"
+        )
+    if jnp.ndim(value):
+        raise ValueError(f"`value` of {name} must be the scalar loss, got shape {jnp.shape(value)}")
+    return jnp.asarray(value, jnp.float32)
+
+
 def check_params(params: Params) -> None:
     """Refuses what no rule can train.
 

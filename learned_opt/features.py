@@ -1,15 +1,13 @@
-"""What update rules see of a tensor: moment accumulators, Adafactor factors, time, and the small
-MLP over these features.
+"""What update rules see of a tensor: moment accumulators, Adafactor factors, time.
 
-A feature is an array [channels, *shape] whose `shape` has the rank of the parameter and only
-broadcasts to it: row and column statistics stay rows and columns. Nothing of size features x
-parameters is ever built: the first layer is a sum over channels of scalar weight times feature, per
-broadcast shape, which XLA fuses with what follows into one pass over the parameter.
+A feature is a product of arrays [channels, *shape] whose `shape` has the rank of the parameter and
+only broadcasts to it: row and column statistics stay rows and columns. `learned_opt.mlp` multiplies
+them out element by element.
 
-Sources: arXiv 2203.11860 (features of small_fc), arXiv 1804.04235 (factored second moments).
+Sources: arXiv 2203.11860 (features of small_fc), arXiv 2211.09760 (VeLO's), arXiv 1804.04235
+(factored second moments).
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+Feature = tuple[jax.Array, ...]
 TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
 
 
@@ -112,77 +111,74 @@ def time_embedding(count: jax.Array) -> jax.Array:
     return jnp.tanh(count / jnp.asarray(TIME_SCALES, jnp.float32) - 1.0)
 
 
-def mlp_init(key: jax.Array, sizes: Sequence[int]) -> dict[str, jax.Array]:
-    """Weights {w0, b0, w1, ...}: truncated normal of standard deviation 1/sqrt(fan-in), zero
-    biases.
-    """
-    theta = {}
-    for i, (n, m) in enumerate(itertools.pairwise(sizes)):
-        std = 1.0 / np.sqrt(n)
-        theta[f"w{i}"] = std * jax.random.truncated_normal(
-            jax.random.fold_in(key, i), -2, 2, (n, m)
-        )
-        theta[f"b{i}"] = jnp.zeros((m,))
-    return theta
+class Accumulators(NamedTuple):
+    """Per leaf, in float32: momenta [n, *shape], second moments [k, *shape], Adafactor factors."""
+
+    momentum: Any
+    rms: Any
+    factored: Any
 
 
-def pass_through(theta: dict[str, jax.Array], channel: int) -> dict[str, jax.Array]:
-    """The three-layer MLP with its first output made input `channel`, plus a tenth of what it was.
-
-    Two hidden units carry the positive and the negative part of the input.
-    """
-    w0, w1, w2 = theta["w0"], theta["w1"], theta["w2"]
-    w0 = w0.at[:, :2].set(0.0).at[channel, :2].set(jnp.array([1.0, -1.0]))
-    w1 = w1.at[:, :2].set(0.0).at[[0, 1], [0, 1]].set(1.0)
-    w2 = (0.1 * w2).at[:2, 0].set(jnp.array([1.0, -1.0]))
-    return theta | {"w0": w0, "w1": w1, "w2": w2}
+def accumulators_init(params: Any, momentum: int, rms: int, factored: int) -> Accumulators:
+    """Zeros, with that many channels each."""
+    return Accumulators(
+        moments_init(params, momentum), moments_init(params, rms), factored_init(params, factored)
+    )
 
 
-def mlp_per_parameter(
-    theta: dict[str, jax.Array],
-    features: Sequence[jax.Array],
-    shared: jax.Array,
-    shape: tuple[int, ...],
-    epsilon: float,
-) -> list[jax.Array]:
-    """A ReLU MLP applied to every element of a tensor.
+def accumulators_update(
+    momentum: jax.Array, rms: jax.Array, factored: jax.Array, old: Accumulators, grads: Any
+) -> Accumulators:
+    """The averages after one more gradient, with decays [n], [k] and [n]."""
+    return Accumulators(
+        jax.tree.map(lambda m, g: ema(momentum, m, g), old.momentum, grads),
+        jax.tree.map(lambda v, g: ema(rms, v, g * g), old.rms, grads),
+        jax.tree.map(lambda g, f: factored_update(factored, f, g), grads, old.factored),
+    )
+
+
+def tensor_features(
+    g: jax.Array,
+    p: jax.Array,
+    m: jax.Array,
+    v: jax.Array,
+    factored: Factored,
+    rms_epsilon: float = 1e-6,
+    vector_epsilon: float = 0.0,
+) -> dict[str, Feature]:
+    """What the published MLP rules know of one tensor, by name, each as the tuple of its factors.
 
     Args:
-      theta: {w0, b0, w1, ...}; the rows of w0 are the channels of `features` in order, then
-        `shared`.
-      features: arrays [channels, *broadcasts to shape]; each channel is divided by its root mean
-        square over the tensor.
-      shared: [k] inputs that are equal for all elements; not normalised.
-      shape: the tensor's shape.
-      epsilon: added to the mean square.
-
-    Returns:
-      The outputs, each of `shape`.
+      g, p: gradient and parameter [*shape], float32.
+      m, v: momenta [n, *shape] and second moment [1, *shape], the gradient included.
+      factored: factors of n channels, the gradient included.
+      rms_epsilon: inside rsqrt(v + .).
+      vector_epsilon: for ranks 0 and 1, inside the rsqrt that preconditions the momenta by the
+        unfactored second moment.
     """
-    w0, b0 = theta["w0"], theta["b0"]
-    width, rank = w0.shape[1], len(shape)
-    channels = sum(len(f) for f in features)
-
-    def column(vector: jax.Array) -> jax.Array:
-        return vector.reshape(-1, *(1,) * rank)
-
-    # hidden units are a leading axis: the program's size does not depend on their number
-    parts = {(1,) * rank: column(b0 + shared @ w0[channels:])}
-    start = 0
-    for feature in features:
-        # a broadcast axis repeats every element equally often, so its mean square is that of the
-        # small array
-        mean_square = jnp.mean(feature * feature, axis=tuple(range(1, rank + 1)))
-        weight = w0[start : start + len(feature)] * lax.rsqrt(mean_square + epsilon)[:, None]
-        start += len(feature)
-        for w, f in zip(weight, feature, strict=True):
-            term = column(w) * f[None]
-            parts[f.shape] = parts[f.shape] + term if f.shape in parts else term
-    hidden = jnp.broadcast_to(sum(parts.values()), (width, *shape))
-    for layer in range(1, len(theta) // 2):
-        hidden = jax.nn.relu(hidden)
-        w, b = theta[f"w{layer}"], theta[f"b{layer}"]
-        hidden = sum(
-            (column(wi) * h[None] for wi, h in zip(w, hidden, strict=True)), start=column(b)
+    rsqrt = lax.rsqrt(v + rms_epsilon)
+    scales = factored_scales(factored, g.shape)
+    if factored_axes(g.shape) is None:
+        row, col, momentum_scales = (
+            factored.row,
+            factored.row,
+            (lax.rsqrt(factored.row + vector_epsilon),),
         )
-    return list(hidden)
+    else:
+        row, col, momentum_scales = factored.row, factored.col, scales
+    return {
+        "g": (g[None],),
+        "clipped_g": (jnp.clip(g[None], -0.1, 0.1),),
+        "p": (p[None],),
+        "m": (m,),
+        "v": (v,),
+        "m_rsqrt": (m, rsqrt),
+        "rsqrt": (rsqrt,),
+        "factored_g": (g[None], *scales),
+        "g_rsqrt": (g[None], rsqrt),
+        "row": (row,),
+        "col": (col,),
+        "row_rsqrt": (lax.rsqrt(row + 1e-8),),
+        "col_rsqrt": (lax.rsqrt(col + 1e-8),),
+        "factored_m": (m, *momentum_scales),
+    }

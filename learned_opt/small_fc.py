@@ -3,23 +3,24 @@
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from learned_opt import base, features
+from learned_opt.mlp import mlp_init, mlp_per_parameter, pass_through
+
+INPUTS = (
+    "g", "p", "m", "v", "m_rsqrt", "rsqrt", "factored_g",
+    "row", "col", "row_rsqrt", "col_rsqrt", "factored_m",
+)  # fmt: skip
 
 
 class SmallFCState(NamedTuple):
-    """Per leaf, in float32: momenta [3, *shape], second moment [1, *shape], Adafactor factors."""
-
     count: jax.typing.ArrayLike
-    momentum: Any
-    rms: Any
-    factored: Any
+    accumulators: features.Accumulators
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +64,10 @@ class SmallFC:
         """Weights of the MLP and offsets of the decays (zero: the fields' decays)."""
         n = len(self.momentum_decays)
         inputs = 4 + 8 * n + len(features.TIME_SCALES)
-        mlp = features.mlp_init(key, (inputs, self.hidden, self.hidden, 2))
+        mlp = mlp_init(key, (inputs, self.hidden, self.hidden, 2))
         if self.initial == "momentum":
             # the first momentum over its root mean square: behind g, p, n momenta and the rms
-            mlp = features.pass_through(mlp, channel=3 + n)
+            mlp = pass_through(mlp, channel=3 + n)
         return {
             "mlp": mlp,
             "momentum_decays": jnp.zeros((n,)),
@@ -79,59 +80,40 @@ class SmallFC:
     ) -> optax.GradientTransformationExtraArgs:
         del horizon
         channels = len(self.momentum_decays)
-        momentum_decays = features.learned_decays(self.momentum_decays, theta["momentum_decays"])
-        rms_decay = features.learned_decays((self.rms_decay,), theta["rms_decays"])
-        factored_decays = features.learned_decays(self.factored_decays, theta["factored_decays"])
+        decays = (
+            features.learned_decays(self.momentum_decays, theta["momentum_decays"]),
+            features.learned_decays((self.rms_decay,), theta["rms_decays"]),
+            features.learned_decays(self.factored_decays, theta["factored_decays"]),
+        )
 
         def init(params: base.Params) -> SmallFCState:
             base.check_params(params)
-            return SmallFCState(
-                count=jnp.zeros((), jnp.int32),
-                momentum=features.moments_init(params, channels),
-                rms=features.moments_init(params, 1),
-                factored=features.factored_init(params, channels),
-            )
+            accumulators = features.accumulators_init(params, channels, 1, channels)
+            return SmallFCState(jnp.zeros((), jnp.int32), accumulators)
 
         def update(updates, state, params=None, **extra_args):
             del extra_args
             base.check_update(self, params)
             grads = base.float32(updates)
-            momentum = jax.tree.map(
-                lambda m, g: features.ema(momentum_decays, m, g), state.momentum, grads
-            )
-            rms = jax.tree.map(lambda v, g: features.ema(rms_decay, v, g * g), state.rms, grads)
-            factored = jax.tree.map(
-                lambda g, f: features.factored_update(factored_decays, f, g), grads, state.factored
-            )
+            accumulators = features.accumulators_update(*decays, state.accumulators, grads)
             time = features.time_embedding(state.count)
             updates = jax.tree.map(
                 lambda *leaf: self._leaf_update(theta["mlp"], time, *leaf),
-                grads, params, momentum, rms, factored,
+                grads, params, *accumulators,
             )  # fmt: skip
             count = optax.safe_increment(state.count)
-            return updates, SmallFCState(count, momentum, rms, factored)
+            return updates, SmallFCState(count, accumulators)
 
         return optax.GradientTransformationExtraArgs(init, update)
 
     def _leaf_update(self, mlp, time, g, p, m, v, factored: features.Factored) -> jax.Array:
         p = jnp.asarray(p)
-        rsqrt = lax.rsqrt(v + 1e-6)
-        row_scale, col_scale = features.factored_scales(factored, g.shape)
-        if features.factored_axes(g.shape) is None:
-            col = factored.row
-            preconditioned_m = m * lax.rsqrt(factored.row + 1e-6)
-        else:
-            col = factored.col
-            preconditioned_m = m * row_scale * col_scale
-        direction, magnitude = features.mlp_per_parameter(
-            mlp,
-            [
-                g[None], p.astype(jnp.float32)[None], m, v, m * rsqrt, rsqrt,
-                g[None] * row_scale * col_scale, factored.row, col,
-                lax.rsqrt(factored.row + 1e-8), lax.rsqrt(col + 1e-8), preconditioned_m,
-            ],
-            shared=time, shape=g.shape, epsilon=1e-5,
-        )  # fmt: skip
+        known = features.tensor_features(
+            g, p.astype(jnp.float32), m, v, factored, vector_epsilon=1e-6
+        )
+        direction, magnitude = mlp_per_parameter(
+            mlp, [known[name] for name in INPUTS], shared=time, shape=g.shape, epsilon=1e-5
+        )
         step = self.step_size * direction * jnp.exp(self.magnitude_scale * magnitude)
         return -step.astype(p.dtype)
 

@@ -113,10 +113,10 @@ def test_small_fc_follows_the_published_trajectory(mode, tag, problem):
 
     assert int(state.count) == STEPS
     for name in params:
-        key, factored = f"{tag}/{problem}/{{}}/{name}", state.factored[name]
+        key, factored = f"{tag}/{problem}/{{}}/{name}", state.accumulators.factored[name]
         want_of = lambda kind: np.moveaxis(golden()[key.format(kind)], -1, 0)  # noqa: B023, E731
-        assert_close(state.momentum[name], want_of("momentum"), 1e-5, name)
-        assert_close(state.rms[name], want_of("rms"), 1e-5, name)
+        assert_close(state.accumulators.momentum[name], want_of("momentum"), 1e-5, name)
+        assert_close(state.accumulators.rms[name], want_of("rms"), 1e-5, name)
         axes = factored_axes(params[name].shape)
         if axes is None:
             assert_close(factored.row, want_of("v_diag"), 1e-5, name)
