@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 from rich.table import Table
 
@@ -11,7 +12,7 @@ import tasks
 from cluster.cli import recipes
 from cluster.jobs import console
 from evaluation.baselines import BASELINES
-from learned_opt import artifact, discovery
+from learned_opt import artifact, base, discovery
 from tasks.data import EMBEDDED
 from tasks.suites import SUITES
 
@@ -26,15 +27,19 @@ def show(name: str | None) -> None:
         console.print(_everything(), soft_wrap=False)
         return
     rule, theta, card = artifact.read(name)
-    count = sum(leaf.size for leaf in artifact.flatten(theta).values())
+    count = sum(leaf.size for leaf in base.flatten(theta).values())
     console.print(f"{artifact.find(name)}\n{discovery.spec_of(rule)}\n{count} meta-parameters")
     console.print_json(json.dumps(card))
 
 
-def _fields(cls: type) -> str:
-    """The fields of a member with their defaults, as one would write them in a spec."""
+def _fields(member: Any) -> str:
+    """The fields of a class with their defaults, as one would write them in a spec; of a
+    configured instance, what it is.
+    """
+    if not isinstance(member, type):
+        return discovery.spec_of(member)
     shown = []
-    for field in dataclasses.fields(cls):
+    for field in dataclasses.fields(member):
         if field.name in ("problem", "first_particle"):  # bound by the recipe and by `partition`
             continue
         given = "" if field.default is dataclasses.MISSING else f"={field.default!r}"
@@ -49,8 +54,8 @@ def _everything() -> Table:
         ("task", tasks),
         ("estimator", meta_train.estimators),
     ):
-        for name, cls in sorted(discovery.members(package).items()):
-            table.add_row(kind, name, _fields(cls))
+        for name, member in sorted(discovery.members(package).items()):
+            table.add_row(kind, name, _fields(member))
     for kind, names in (
         ("dataset", [*EMBEDDED, "tfds:NAME"]),
         ("suite", SUITES),

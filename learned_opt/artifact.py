@@ -20,25 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
 import learned_opt
-from learned_opt import discovery
+from learned_opt import base, discovery
 from learned_opt.base import Horizon, LearnedOptimizer, Theta
 
 SCHEMA = "1"
 PRETRAINED = Path(__file__).parent / "pretrained"
 Card = dict[str, Any]
-
-
-def flatten(theta: Theta) -> dict[str, jax.Array]:
-    """Leaves of a nested dict by their dotted path.
-
-    Raises:
-      ValueError: two leaves have the same dotted path.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(theta)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    if len(set(names)) < len(names):
-        raise ValueError(f"`theta` has leaves of equal dotted path: {', '.join(sorted(names))}")
-    return {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
 
 
 def digest(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> str:
@@ -52,27 +39,6 @@ def digest(metadata: dict[str, str], tensors: dict[str, np.ndarray]) -> str:
         sha.update(f"{name}:{tensors[name].dtype}{tensors[name].shape};".encode())
         sha.update(tensors[name].tobytes())
     return sha.hexdigest()
-
-
-def check_leaves(rule: LearnedOptimizer, leaves: dict[str, Any], source: str) -> None:
-    """Refuses leaves (by dotted path) that are not those of a theta of the rule.
-
-    Raises:
-      ValueError: leaves are missing, unknown, or of another shape or dtype; the message names each.
-    """
-    expected = flatten(jax.eval_shape(rule.init, jax.random.key(0)))
-    wrong = [f"missing {name}" for name in expected if name not in leaves]
-    wrong += [f"unknown {name}" for name in leaves if name not in expected]
-    for name in expected.keys() & leaves.keys():
-        want, got = expected[name], leaves[name]
-        if (got.shape, got.dtype) != (want.shape, want.dtype):
-            wrong.append(
-                f"{name} is {got.dtype}{list(got.shape)}, not {want.dtype}{list(want.shape)}"
-            )
-    if wrong:
-        raise ValueError(
-            f"{source} does not fit the rule {discovery.spec_of(rule)}: {'; '.join(sorted(wrong))}"
-        )
 
 
 def save(path: str | os.PathLike, rule: LearnedOptimizer, theta: Theta, card: Card) -> None:
@@ -89,8 +55,8 @@ def save(path: str | os.PathLike, rule: LearnedOptimizer, theta: Theta, card: Ca
         raise ValueError(f"`rule` {spec} could not be built again: {error}") from None
     if not survives:
         raise ValueError(f"`rule` does not survive its description {spec}: fields must be literals")
-    leaves = flatten(theta)
-    check_leaves(rule, leaves, "`theta`")
+    base.check_theta(rule, theta)
+    leaves = base.flatten(theta)
     try:
         text = json.dumps(card, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -165,8 +131,8 @@ def read(name_or_path: str | os.PathLike) -> tuple[LearnedOptimizer, Theta, Card
         template = jax.eval_shape(rule.init, jax.random.key(0))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    check_leaves(rule, tensors, str(path))
-    leaves = [jnp.asarray(tensors[name]) for name in flatten(template)]
+    base.check_leaves(rule, tensors, str(path))
+    leaves = [jnp.asarray(tensors[name]) for name in base.flatten(template)]
     return rule, jax.tree.unflatten(jax.tree.structure(template), leaves), card
 
 

@@ -1,5 +1,6 @@
 """What a learned optimizer is: a function from meta-parameters theta to an optax transformation."""
 
+import functools
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+
+from learned_opt import discovery
 
 Key = jax.Array
 Theta = Any
@@ -29,6 +32,54 @@ class LearnedOptimizer(Protocol):
     def optimizer(
         self, theta: Theta, horizon: Horizon = None
     ) -> optax.GradientTransformationExtraArgs: ...
+
+
+def flatten(theta: Theta) -> dict[str, jax.Array]:
+    """Leaves of a nested dict by their dotted path.
+
+    Raises:
+      ValueError: two leaves have the same dotted path.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(theta)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`theta` has leaves of equal dotted path: {', '.join(sorted(names))}")
+    return {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True)}
+
+
+@functools.lru_cache(maxsize=64)
+def theta_template(rule: LearnedOptimizer) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every leaf of the rule's theta, by dotted path."""
+    return flatten(jax.eval_shape(rule.init, jax.random.key(0)))
+
+
+def check_leaves(rule: LearnedOptimizer, leaves: dict[str, Any], source: str) -> None:
+    """Refuses leaves (by dotted path) that are not those of a theta of the rule.
+
+    Raises:
+      ValueError: leaves are missing, unknown, or of another shape or dtype; the message names each.
+    """
+    expected = theta_template(rule)
+    wrong = [f"missing {name}" for name in expected if name not in leaves]
+    wrong += [f"unknown {name}" for name in leaves if name not in expected]
+    for name in expected.keys() & leaves.keys():
+        want, got = expected[name], leaves[name]
+        shape, dtype = jnp.shape(got), jnp.result_type(got)
+        if (shape, dtype) != (want.shape, want.dtype):
+            wrong.append(f"{name} is {dtype}{list(shape)}, not {want.dtype}{list(want.shape)}")
+    if wrong:
+        raise ValueError(
+            f"{source} does not fit the rule {discovery.spec_of(rule)}: {'; '.join(sorted(wrong))}"
+        )
+
+
+def check_theta(rule: LearnedOptimizer, theta: Theta) -> None:
+    """Refuses a theta of another rule or of other sizes.
+
+    Raises:
+      ValueError: as `check_leaves`.
+    """
+    check_leaves(rule, flatten(theta), "`theta`")
 
 
 def require_horizon(rule: LearnedOptimizer, horizon: Horizon) -> int | jax.Array:

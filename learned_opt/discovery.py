@@ -2,8 +2,9 @@
 `small_fc(hidden=8)`.
 
 A member is a class with an instance in its module's `EXAMPLES`; its name is the class name in snake
-case. Nothing is registered: a new file with `EXAMPLES` is found. A spec is a call with literal or
-nested-call arguments; it is parsed, never evaluated.
+case. A module may name instances of it, too, in the dict `CONFIGURATIONS`. Nothing is registered: a
+new file with `EXAMPLES` is found. A spec is a call with literal or nested-call arguments; it is
+parsed, never evaluated.
 """
 
 import ast
@@ -21,18 +22,22 @@ def name_of(cls: type) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
 
 
+def modules(package: ModuleType) -> list[ModuleType]:
+    found = pkgutil.iter_modules(package.__path__)
+    return [importlib.import_module(f"{package.__name__}.{info.name}") for info in found]
+
+
 def examples(package: ModuleType) -> list[Any]:
     """All instances in the `EXAMPLES` of the modules of `package`, in module order."""
-    found: list[Any] = []
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
-        found.extend(getattr(module, "EXAMPLES", ()))
-    return found
+    return [e for module in modules(package) for e in getattr(module, "EXAMPLES", ())]
 
 
-def members(package: ModuleType) -> dict[str, type]:
-    """Member classes of `package` by name."""
-    return {name_of(type(example)): type(example) for example in examples(package)}
+def members(package: ModuleType) -> dict[str, Any]:
+    """Member classes of `package`, and configured instances, by name."""
+    named = {name_of(type(example)): type(example) for example in examples(package)}
+    for module in modules(package):
+        named |= getattr(module, "CONFIGURATIONS", {})
+    return named
 
 
 def unknown(kind: str, got: str, known: list[str]) -> str:
@@ -46,7 +51,7 @@ def fields_of(cls: type) -> list[str]:
     return [field.name for field in dataclasses.fields(cls) if field.init]
 
 
-def build(kind: str, spec: str, known: dict[str, type]) -> Any:
+def build(kind: str, spec: str, known: dict[str, Any]) -> Any:
     """The member that `spec` names, e.g. `build("rule", "small_fc(hidden=8)",
     members(learned_opt))`.
 
@@ -65,7 +70,7 @@ def build(kind: str, spec: str, known: dict[str, type]) -> Any:
     return _build(kind, node, known)
 
 
-def _build(kind: str, node: ast.expr, known: dict[str, type]) -> Any:
+def _build(kind: str, node: ast.expr, known: dict[str, Any]) -> Any:
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     if not isinstance(call.func, ast.Name):
         raise ValueError(
@@ -74,7 +79,8 @@ def _build(kind: str, node: ast.expr, known: dict[str, type]) -> Any:
     name = call.func.id
     if name not in known:
         raise ValueError(unknown(kind, name, list(known)))
-    fields = fields_of(known[name])
+    member = known[name]
+    fields = fields_of(member if isinstance(member, type) else type(member))
     if len(call.args) > len(fields):
         raise ValueError(
             f"`{kind}` {name} takes at most {len(fields)} fields, got {len(call.args)}"
@@ -90,12 +96,14 @@ def _build(kind: str, node: ast.expr, known: dict[str, type]) -> Any:
         values[keyword.arg] = keyword.value
     arguments = {field: _value(kind, value, known) for field, value in values.items()}
     try:
-        return known[name](**arguments)
+        if isinstance(member, type):
+            return member(**arguments)
+        return dataclasses.replace(member, **arguments)
     except TypeError as error:
         raise ValueError(f"`{kind}` {name} cannot be made of {arguments}: {error}") from None
 
 
-def _value(kind: str, node: ast.expr, known: dict[str, type]) -> Any:
+def _value(kind: str, node: ast.expr, known: dict[str, Any]) -> Any:
     if isinstance(node, ast.Call):
         return _build(kind, node, known)
     try:

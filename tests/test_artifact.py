@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import learned_opt
-from learned_opt import artifact, discovery
+from learned_opt import artifact, base, discovery
 from learned_opt.hyperparams import Hyperparams
 from learned_opt.small_fc import SmallFC
 
@@ -35,7 +35,7 @@ def path(tmp_path):
 
 def write(path, theta, **metadata):
     """A file that is right in all but what is given, its checksum included."""
-    tensors = {name: np.asarray(leaf) for name, leaf in artifact.flatten(theta).items()}
+    tensors = {name: np.asarray(leaf) for name, leaf in base.flatten(theta).items()}
     metadata = {"schema": "1", "rule": discovery.spec_of(RULE), "card": "{}"} | metadata
     metadata["sha256"] = artifact.digest(metadata, tensors)
     save_file(tensors, path, {k: v for k, v in metadata.items() if v is not None})
