@@ -41,6 +41,7 @@ class Hyperparams:
     def optimizer(
         self, theta: base.Theta, horizon: base.Horizon = None
     ) -> optax.GradientTransformationExtraArgs:
+        base.check_theta(self, theta)
         horizon = base.require_horizon(self, horizon)
         knots = jnp.linspace(0.0, 1.0, self.knots)
 

@@ -10,7 +10,7 @@ columns.
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -76,14 +76,40 @@ def mlp_per_parameter(
     Returns:
       The outputs, each of `shape`.
     """
+    if not shape:
+        features = [tuple(factor[:, None] for factor in feature) for feature in features]
+        return [x[0] for x in mlp_per_parameter(theta, features, shared, (1,), epsilon, axes)]
     rank = len(shape)
     axes = tuple(range(-rank, 0)) if axes is None else tuple(a for a in axes if a >= -rank)
-    channels = [channel for feature in features for channel in _channels(feature)]
-    scales = [lax.rsqrt(s + epsilon) for s in _mean_squares(channels, shape, axes)]
+    counts = [max(len(factor) for factor in feature) for feature in features]
+    *weights, weights_of_shared = jnp.split(theta["w0"], np.cumsum(counts))
+
+    whole: list[tuple[Feature, jax.Array]] = []
+    small: dict[Shape, list[tuple[jax.Array, jax.Array]]] = {}
+    for feature, w in zip(features, weights, strict=True):
+        part = np.broadcast_shapes(*(factor.shape[1:] for factor in feature))
+        if part == shape:
+            whole.append((feature, w))
+        else:
+            small.setdefault(part, []).append((math.prod(feature), w))
+    parts = [_column(theta["b0"] + shared @ weights_of_shared, rank)]
+    for group in small.values():
+        x, w = (jnp.concatenate(arrays) for arrays in zip(*group, strict=True))
+        # repeated along the axes it lacks, it has the mean square of the small array
+        x = x * lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + epsilon)
+        parts.append(jnp.sum(_column(w, rank) * x[:, None], axis=0))
+    channels = [channel for feature, _ in whole for channel in _channels(feature)]
+    scale = lax.rsqrt(_mean_squares(channels, axes) + epsilon)
+    w = _column(jnp.concatenate([w for _, w in whole]), rank) * scale[:, None]
+
     wide = max(b.shape[-1] for name, b in theta.items() if name.startswith("b")) > NARROW
-    first = theta["b0"] + shared @ theta["w0"][len(channels) :]
-    inputs = [(*channel, scale) for channel, scale in zip(channels, scales, strict=True)]
-    return (_blocked if wide else _unrolled)(theta, first, inputs, shape)
+    layers = [(theta[f"w{i}"], theta[f"b{i}"]) for i in range(1, len(theta) // 2)]
+    return (_blocked if wide else _unrolled)(parts, w, channels, layers, shape)
+
+
+def _column(array: jax.Array, rank: int) -> jax.Array:
+    """With axes of size one behind, to broadcast against a tensor."""
+    return array.reshape(*array.shape, *(1,) * rank)
 
 
 def _channels(feature: Feature) -> list[Feature]:
@@ -106,81 +132,76 @@ def _(primals, tangents):
     return _sum_last(*primals), tuple(jnp.sum(t, axis=-1) for t in tangents[0])
 
 
-def _mean_squares(channels: Sequence[Feature], shape: Shape, axes: Shape) -> list[jax.Array]:
+def _mean_squares(channels: Sequence[Feature], axes: Shape) -> jax.Array:
     """The mean square of each product over `axes`, which are kept with size 1.
 
     The squares are products of squares: squares of products would share the products with the MLP,
     and XLA would store what is shared, one array of the tensor's size per feature.
     """
-    squares = [math.prod(factor * factor for factor in channel) for channel in channels]
-    whole = [i for i, s in enumerate(squares) if shape and s.shape == shape]
-    rows = _sum_last(tuple(squares[i] for i in whole)) if whole else ()
-    # what is repeated along the axes it lacks has the mean square of the small array
-    means = [s if i in whole else jnp.mean(s, axes, keepdims=True) for i, s in enumerate(squares)]
-    for i, row in zip(whole, rows, strict=True):
-        means[i] = jnp.mean(row[..., None], axes, keepdims=True) / shape[-1]
-    return means
+    squares = tuple(math.prod(factor * factor for factor in channel) for channel in channels)
+    sums = jnp.stack(_sum_last(squares))[..., None]
+    return jnp.mean(sums, axes, keepdims=True) / squares[0].shape[-1]
 
 
-def _numbers(array: jax.Array) -> list:
-    """The elements of a vector or of the rows of a matrix."""
-    if array.ndim == 2:
-        return [_numbers(row) for row in array]
-    return [x.reshape(()) for x in lax.split(array, (1,) * len(array))]
+def _numbers(array: jax.Array) -> list[list[jax.Array]]:
+    """The entries of a matrix [n, m, ...], row by row."""
+    n, m = array.shape[:2]
+    flat = lax.split(array.reshape(n * m, *array.shape[2:]), (1,) * (n * m))
+    return [[flat[i * m + j][0] for j in range(m)] for i in range(n)]
 
 
-def _unrolled(theta: Weights, first: jax.Array, inputs: list[Feature], shape: Shape):
-    """Layers number by number: one loop for XLA, nothing stored."""
-    xs = [math.prod(factors) for factors in inputs]
-    w, hidden = _numbers(theta["w0"][: len(xs)]), []
-    for unit, bias in enumerate(_numbers(first)):
-        parts: dict[Shape, jax.Array] = {}
-        for x, weights in zip(xs, w, strict=True):
-            term = x * weights[unit]
-            parts[x.shape] = parts[x.shape] + term if x.shape in parts else term
-        hidden.append(jnp.broadcast_to(sum(parts.values(), start=bias), shape))
-    for layer in range(1, len(theta) // 2):
-        w, hidden = _numbers(theta[f"w{layer}"]), [jax.nn.relu(h) for h in hidden]
+def _unrolled(parts, weights, channels, layers, shape: Shape) -> list[jax.Array]:
+    """Number by number: one loop for XLA, nothing stored.
+
+    Args:
+      parts: summands of the first layer [units, *broadcasts].
+      weights: [channels, units, *broadcasts] of `channels`, products of the tensor's shape.
+      layers: matrix and bias of the layers above.
+    """
+    xs = [math.prod(channel) for channel in channels]
+    hidden = []
+    for unit, column in enumerate(zip(*_numbers(weights), strict=True)):
+        start = sum(part[unit] for part in parts)
+        hidden.append(sum((x * w for x, w in zip(xs, column, strict=True)), start=start))
+    for matrix, bias in layers:
+        hidden = [jax.nn.relu(h) for h in hidden]
         hidden = [
-            sum((h * weights[unit] for h, weights in zip(hidden, w, strict=True)), start=bias)
-            for unit, bias in enumerate(_numbers(theta[f"b{layer}"]))
+            sum((h * w for h, w in zip(hidden, column, strict=True)), start=b)
+            for column, b in zip(zip(*_numbers(matrix), strict=True), bias, strict=True)
         ]
-    return hidden
+    return [jnp.broadcast_to(h, shape) for h in hidden]
 
 
-def _blocked(theta: Weights, first: jax.Array, inputs: list[Feature], shape: Shape):
-    """Layers as matrix products, a block of the tensor at a time along its longest axis."""
-    last = len(theta) // 2 - 1
-    outputs = theta[f"b{last}"].shape[0]
-    size = math.prod(shape)
-    axis = int(np.argmax(shape)) if shape else 0
-    rows = max(1, BLOCK * shape[axis] // size) if shape else 1
+def _blocked(parts, weights, channels, layers, shape: Shape) -> list[jax.Array]:
+    """As matrix products, on a block of the tensor at a time along its longest axis."""
+    axis = int(np.argmax(shape))
+    rows = max(1, BLOCK * shape[axis] // math.prod(shape))
 
-    def layers(xs: list[jax.Array]) -> jax.Array:
-        hidden = first.reshape(-1, *(1,) * len(shape))
-        for part in {x.shape: None for x in xs}:
-            rows_of_w0 = np.array([i for i, x in enumerate(xs) if x.shape == part])
-            stacked = jnp.stack([x for x in xs if x.shape == part])
-            hidden = hidden + jnp.tensordot(theta["w0"][rows_of_w0].T, stacked, 1)
-        hidden = jnp.broadcast_to(
-            hidden, (len(first), *np.broadcast_shapes(*(x.shape for x in xs)))
-        )
-        for layer in range(1, last + 1):
-            bias = theta[f"b{layer}"].reshape(-1, *(1,) * len(shape))
-            hidden = jnp.tensordot(theta[f"w{layer}"].T, jax.nn.relu(hidden), 1) + bias
+    def block(cut: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        xs = jnp.stack([math.prod(map(cut, channel)) for channel in channels])
+        if weights.ndim == 2 or weights.size == math.prod(weights.shape[:2]):
+            hidden = jnp.tensordot(weights.reshape(weights.shape[:2]).T, xs, 1)
+        else:
+            hidden = jnp.sum(cut(weights) * xs[:, None], axis=0)
+        hidden = sum((cut(part) for part in parts), start=hidden)
+        for matrix, bias in layers:
+            hidden = jnp.tensordot(matrix.T, jax.nn.relu(hidden), 1) + _column(bias, len(shape))
         return hidden
 
-    if not shape or rows >= shape[axis]:
-        return list(layers([math.prod(factors) for factors in inputs]))
-
-    def cut(x: jax.Array, start: jax.Array) -> jax.Array:
-        return x if x.shape[axis] == 1 else lax.dynamic_slice_in_dim(x, start, rows, axis)
+    if rows >= shape[axis]:
+        return list(block(lambda x: x))
 
     def fill(i: jax.Array, filled: jax.Array) -> jax.Array:
         # the last block is moved back inside: what it shares with its neighbour is computed twice
         start = jnp.minimum(i * rows, shape[axis] - rows)
-        block = layers([math.prod(cut(factor, start) for factor in factors) for factors in inputs])
-        return lax.dynamic_update_slice_in_dim(filled, block, start, axis + 1)
 
+        def cut(x: jax.Array) -> jax.Array:
+            at = axis - len(shape)
+            return x if x.shape[at] == 1 else lax.dynamic_slice_in_dim(x, start, rows, at)
+
+        found = block(cut)
+        return lax.dynamic_update_slice_in_dim(filled, found, start, axis + 1)
+
+    outputs = len(layers[-1][1]) if layers else weights.shape[1]
     blocks = -(-shape[axis] // rows)
     return list(lax.fori_loop(0, blocks, fill, jnp.zeros((outputs, *shape))))

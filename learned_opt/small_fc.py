@@ -79,6 +79,7 @@ class SmallFC:
         self, theta: base.Theta, horizon: base.Horizon = None
     ) -> optax.GradientTransformationExtraArgs:
         del horizon
+        base.check_theta(self, theta)
         channels = len(self.momentum_decays)
         decays = (
             features.learned_decays(self.momentum_decays, theta["momentum_decays"]),

@@ -402,6 +402,37 @@ def test_update_without_params_is_refused(rule):
         optimizer.update(GRADS[0], optimizer.init(PARAMS), value=jnp.float32(1.0))
 
 
+@for_each_rule
+def test_theta_of_another_rule_is_refused(rule):
+    with pytest.raises(
+        ValueError,
+        match=f"`theta` does not fit the rule.*{type(rule).__name__.lower()[:3]}.*unknown",
+    ):
+        rule.optimizer(theta_of(rule) | {"nobody": jnp.zeros(2)}, HORIZON)
+    longer = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), theta_of(rule))
+    with pytest.raises(
+        ValueError, match=r"`theta` does not fit the rule.*is float32\[.*not float32\["
+    ):
+        rule.optimizer(longer, HORIZON)
+
+
+@for_each_rule
+def test_a_missing_horizon_or_loss_is_named(rule):
+    """Either the rule does without, or one line says what it needs."""
+    name, complaints = type(rule).__name__, []
+    for attempt in (
+        lambda: rule.optimizer(theta_of(rule)),
+        lambda: optimizer_of(rule).update(grads, optimizer_of(rule).init(params), params),
+    ):
+        params, grads = only(PARAMS, ["vector"]), only(GRADS[0], ["vector"])
+        try:
+            attempt()
+        except ValueError as error:
+            complaints.append(str(error))
+    known = (f"`horizon` is required by {name}: pass", f"`value` is required by {name}: pass")
+    assert all(complaint.startswith(known) for complaint in complaints)
+
+
 @pytest.mark.parametrize(
     ("horizon", "error", "message"),
     [
