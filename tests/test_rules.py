@@ -389,6 +389,19 @@ def test_sharded_params_and_state(rule):
 
 
 @for_each_rule
+def test_nothing_of_size_features_times_params_is_stored(rule):
+    """Temporaries of a step on a million parameters: four float32 per parameter at the most."""
+    optimizer, params = optimizer_of(rule), {"w": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
+    update = jax.jit(optimizer.update, donate_argnums=1)
+    state = jax.eval_shape(optimizer.init, params)
+    value = jax.ShapeDtypeStruct((), jnp.float32)
+    compiled = update.lower(params, state, params, value=value).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes <= 16 * 1024**2
+
+
+@for_each_rule
 def test_integer_params_are_refused_by_name(rule):
     params = {"layer": {"w": jnp.ones(3), "steps": jnp.ones((2,), jnp.int32)}}
     with pytest.raises(TypeError, match=r"`params`.*int32 at \['layer'\]\['steps'\].*optax.masked"):
@@ -420,11 +433,12 @@ def test_theta_of_another_rule_is_refused(rule):
 def test_a_missing_horizon_or_loss_is_named(rule):
     """Either the rule does without, or one line says what it needs."""
     name, complaints = type(rule).__name__, []
+    params, grads = only(PARAMS, ["vector"]), only(GRADS[0], ["vector"])
+    optimizer = optimizer_of(rule)
     for attempt in (
         lambda: rule.optimizer(theta_of(rule)),
-        lambda: optimizer_of(rule).update(grads, optimizer_of(rule).init(params), params),
+        lambda: optimizer.update(grads, optimizer.init(params), params),
     ):
-        params, grads = only(PARAMS, ["vector"]), only(GRADS[0], ["vector"])
         try:
             attempt()
         except ValueError as error:
