@@ -146,6 +146,51 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cost:
+    """Measure what an update of each rule costs: its time as a ratio to optax.adam's, its memory,
+    its compilation, and the least bytes and FLOPs it could do with.
+
+    Example: learned-opt cost small_fc "small_fc(hidden=32)" --params 1e6,1e7 --json cost.json
+    """
+
+    rules: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Rules, with or without fields, and artifacts (files or names); without any, every rule."""
+    params: str = "1e6,1e7"
+    """Parameter counts to measure at, separated by commas."""
+    seconds: float = 10.0
+    """Time to spend on each rule at each count, compilation apart."""
+    json: Path | None = None
+    """File to write the figures to."""
+
+    def run(self) -> None:
+        from cluster import jobs
+
+        jobs.cost(self.rules, self.params, self.seconds, self.json)
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Turn published weights (flax msgpack `theta.state`, PyLO safetensors) into an artifact.
+
+    Example: learned-opt convert theta.state --rule celo --out celo.safetensors
+    """
+
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Files of one set of weights; PyLO's VeLO has two."""
+    rule: str
+    """Rule they belong to; without fields as published, with the sizes that the weights have."""
+    out: Path
+    """Where to write the artifact."""
+    licence: str | None = None
+    """Licence of the weights, for the card."""
+
+    def run(self) -> None:
+        from cluster import jobs
+
+        jobs.console.print(f"wrote {jobs.convert(self.files, self.rule, self.licence, self.out)}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Export:
     """Export the newest checkpoint of a run, finished or not.
 
@@ -184,6 +229,8 @@ COMMANDS = {
     "meta-train": MetaTrain,
     "evaluate": Evaluate,
     "report": Report,
+    "cost": Cost,
+    "convert": Convert,
     "export": Export,
     "show": Show,
 }

@@ -87,11 +87,11 @@ class Source:
 Layout = dict[str, Source]  # leaf of theta, by its dotted path -> published leaves
 
 
-def _layers(ours: str, weight: str, bias: str, layers: Sequence[str], transposed=False) -> Layout:
-    """w0, b0, w1, ... of an MLP, from names with the layer's published name filled in."""
+def _layers(ours: str, weight: str, bias: str) -> Layout:
+    """Three layers of an MLP, from names with the layer's number to be filled in."""
     return {
-        f"{ours}.{kind}{i}": Source((pattern.format(layer),), transposed)
-        for i, layer in enumerate(layers)
+        f"{ours}.{kind}{i}": Source((pattern.format(i),))
+        for i in range(3)
         for kind, pattern in (("w", weight), ("b", bias))
     }
 
@@ -104,7 +104,7 @@ def _dense(ours: str, theirs: str, weight="/w", bias="/b", transposed=False) -> 
 def _split_mlp(ours: str, prefix: str) -> Layout:
     """An MLP whose first layer is published in fourteen groups of rows."""
     first = tuple(f"{prefix}w0__{i}" for i in range(14))
-    return _layers(ours, prefix + "w{}", prefix + "b{}", "012") | {f"{ours}.w0": Source(first)}
+    return _layers(ours, prefix + "w{}", prefix + "b{}") | {f"{ours}.w0": Source(first)}
 
 
 def _scheduler(controls: bool) -> Layout:
@@ -138,18 +138,16 @@ PYLO_VELO = {
     "bank.w2": Source(("output_weights_",), transposed=True),
     "bank.b2": Source(("output_bias_",)),
 }
-PYLO_MLP = _layers(
-    "mlp",
-    "network.{}.weight",
-    "network.{}.bias",
-    ("input", "linear_0", "output"),
-    transposed=True,
-)
-PYLO_MLP |= {name: Source(source.names) for name, source in PYLO_MLP.items() if ".b" in name}
+# zero where a file lacks them: PyLO keeps its decays in code
 DECAYS = {
     "momentum_decays": Source(("momentum_decays",)),
     "rms_decays": Source(("rms_decays",)),
     "factored_decays": Source(("adafactor_decays",)),
+}
+PYLO_MLP = DECAYS | {
+    f"mlp.{kind}{i}": Source((f"network.{layer}.{name}",), transposed=kind == "w")
+    for i, layer in enumerate(("input", "linear_0", "output"))
+    for kind, name in (("w", "weight"), ("b", "bias"))
 }
 PYLO_CELO2 = {
     "mlp.w0": Source(tuple(f"w0.{i}" for i in range(14))),
@@ -167,8 +165,8 @@ LAYOUTS: dict[str, list[Layout]] = {
     "celo": [_split_mlp("mlp", "ff_mod_stack/~/") | _scheduler(controls=False)],
     "celo_adam": [_scheduler(controls=False)],
     "celo2": [_split_mlp("mlp", "ff_mod_stack/~/"), PYLO_CELO2],
-    "small_fc": [_layers("mlp", "nn/~/w{}", "nn/~/b{}", "012") | DECAYS, PYLO_MLP],
-    "mlp_lopt": [_layers("mlp", LINEAR + "/w", LINEAR + "/b", "012")],
+    "small_fc": [_layers("mlp", "nn/~/w{}", "nn/~/b{}") | DECAYS, PYLO_MLP],
+    "mlp_lopt": [_layers("mlp", LINEAR + "/w", LINEAR + "/b")],
 }
 # published leaves that the published rules never read
 DEAD = {
@@ -178,8 +176,6 @@ DEAD = {
     "input_weights", "input_bias", "output_weights", "output_bias",
     "hidden_weights.0", "hidden_bias.0",
 }  # fmt: skip
-# zero when a file lacks them: PyLO keeps the decays in its code
-OPTIONAL = set(DECAYS)
 # fields that state sizes: field -> leaf of theta, axis
 SIZES: dict[str, dict[str, tuple[str, int]]] = {
     "velo": {"lstm": ("scheduler.initial.hidden", -1), "bank": ("bank.b0", 0)},
@@ -224,6 +220,8 @@ def read_published(
       ValueError: a file cannot be read, the rule has no published weights, or leaves are missing,
         unknown or misshapen; the message names each.
     """
+    if not paths:
+        raise ValueError("`files` is empty: name the files that hold the weights")
     leaves = {name: leaf for path in paths for name, leaf in read_leaves(path).items()}
     source = ", ".join(str(path) for path in paths)
     cls = rule if isinstance(rule, type) else type(rule)
@@ -238,7 +236,7 @@ def read_published(
     wrong, found = [], {}
     for ours, want in expected.items():
         missing = [n for n in layout[ours].names if n not in leaves]
-        if missing and ours in OPTIONAL:
+        if missing and ours in DECAYS:
             found[ours] = np.zeros(want.shape, np.float32)
         elif missing:
             wrong += [f"missing leaf {n}" for n in missing]

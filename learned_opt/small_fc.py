@@ -60,6 +60,11 @@ class SmallFC:
                 f"{len(self.momentum_decays)} and {len(self.factored_decays)}"
             )
 
+    @classmethod
+    def published(cls) -> "SmallFC":
+        """As published, with its random start of meta-training; trajectories are the same."""
+        return cls(initial="random")
+
     def init(self, key: base.Key) -> base.Theta:
         """Weights of the MLP and offsets of the decays (zero: the fields' decays)."""
         n = len(self.momentum_decays)
