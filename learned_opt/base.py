@@ -48,7 +48,7 @@ def flatten(theta: Theta) -> dict[str, jax.Array]:
 
 
 @functools.lru_cache(maxsize=64)
-def theta_template(rule: LearnedOptimizer) -> dict[str, jax.ShapeDtypeStruct]:
+def theta_template(rule: LearnedOptimizer) -> dict[str, Any]:
     """Shape and dtype of every leaf of the rule's theta, by dotted path."""
     return flatten(jax.eval_shape(rule.init, jax.random.key(0)))
 

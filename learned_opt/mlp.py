@@ -10,6 +10,7 @@ columns.
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 
 import jax
@@ -91,20 +92,28 @@ def mlp_per_parameter(
         if part == shape:
             whole.append((feature, w))
         else:
-            small.setdefault(part, []).append((math.prod(feature), w))
+            small.setdefault(part, []).append((product(feature), w))
     parts = [_column(theta["b0"] + shared @ weights_of_shared, rank)]
     for group in small.values():
         x, w = (jnp.concatenate(arrays) for arrays in zip(*group, strict=True))
         # repeated along the axes it lacks, it has the mean square of the small array
         x = x * lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + epsilon)
         parts.append(jnp.sum(_column(w, rank) * x[:, None], axis=0))
-    channels = [channel for feature, _ in whole for channel in _channels(feature)]
+    features = [feature for feature, _ in whole]
+    channels = [channel for feature in features for channel in _channels(feature)]
     scale = lax.rsqrt(_mean_squares(channels, axes) + epsilon)
     w = _column(jnp.concatenate([w for _, w in whole]), rank) * scale[:, None]
 
     wide = max(b.shape[-1] for name, b in theta.items() if name.startswith("b")) > NARROW
     layers = [(theta[f"w{i}"], theta[f"b{i}"]) for i in range(1, len(theta) // 2)]
-    return (_blocked if wide else _unrolled)(parts, w, channels, layers, shape)
+    if wide:
+        return _blocked(parts, w, features, layers, shape)
+    return _unrolled(parts, w, channels, layers, shape)
+
+
+def product(feature: Sequence[jax.Array]) -> jax.Array:
+    """Its factors multiplied."""
+    return functools.reduce(operator.mul, feature)
 
 
 def _column(array: jax.Array, rank: int) -> jax.Array:
@@ -138,16 +147,25 @@ def _mean_squares(channels: Sequence[Feature], axes: Shape) -> jax.Array:
     The squares are products of squares: squares of products would share the products with the MLP,
     and XLA would store what is shared, one array of the tensor's size per feature.
     """
-    squares = tuple(math.prod(factor * factor for factor in channel) for channel in channels)
+    squares = tuple(product([factor * factor for factor in channel]) for channel in channels)
     sums = jnp.stack(_sum_last(squares))[..., None]
     return jnp.mean(sums, axes, keepdims=True) / squares[0].shape[-1]
 
 
-def _numbers(array: jax.Array) -> list[list[jax.Array]]:
-    """The entries of a matrix [n, m, ...], row by row."""
-    n, m = array.shape[:2]
-    flat = lax.split(array.reshape(n * m, *array.shape[2:]), (1,) * (n * m))
-    return [[flat[i * m + j][0] for j in range(m)] for i in range(n)]
+def _numbers(array: jax.Array, shape: Shape) -> list[list[jax.Array]]:
+    """The entries of a matrix [n, m, *broadcasts], row by row, each repeated to `shape`, which
+    begins with an axis of size one.
+
+    Cut out together with that axis they need no reshaping: of three operations per number XLA is
+    spared one, and of loops of more than a thousand operations it makes several, storing whole
+    tensors in between.
+    """
+    n, m, *rest = array.shape
+    kept = [axis for axis, size in enumerate(rest) if size > 1]
+    entries = lax.split(array.reshape(n * m, *(rest[axis] for axis in kept)), (1,) * (n * m))
+    places = (0, *(axis + 1 for axis in kept))
+    spread = [lax.broadcast_in_dim(entry, shape, places) for entry in entries]
+    return [spread[i * m : (i + 1) * m] for i in range(n)]
 
 
 def _unrolled(parts, weights, channels, layers, shape: Shape) -> list[jax.Array]:
@@ -158,27 +176,35 @@ def _unrolled(parts, weights, channels, layers, shape: Shape) -> list[jax.Array]
       weights: [channels, units, *broadcasts] of `channels`, products of the tensor's shape.
       layers: matrix and bias of the layers above.
     """
-    xs = [math.prod(channel) for channel in channels]
-    hidden = []
-    for unit, column in enumerate(zip(*_numbers(weights), strict=True)):
-        start = sum(part[unit] for part in parts)
-        hidden.append(sum((x * w for x, w in zip(xs, column, strict=True)), start=start))
+    numbers = functools.partial(_numbers, shape=(1, *shape))
+    xs = [product([factor[None] for factor in channel]) for channel in channels]
+    starts = zip(*(numbers(part[None])[0] for part in parts), strict=True)
+    hidden = [
+        sum(
+            (x * w for x, w in zip(xs, column, strict=True)),
+            start=functools.reduce(operator.add, start),
+        )
+        for column, start in zip(zip(*numbers(weights), strict=True), starts, strict=True)
+    ]
     for matrix, bias in layers:
         hidden = [jax.nn.relu(h) for h in hidden]
         hidden = [
             sum((h * w for h, w in zip(hidden, column, strict=True)), start=b)
-            for column, b in zip(zip(*_numbers(matrix), strict=True), bias, strict=True)
+            for column, b in zip(
+                zip(*numbers(matrix), strict=True), *numbers(bias[None]), strict=True
+            )
         ]
-    return [jnp.broadcast_to(h, shape) for h in hidden]
+    return [h[0] for h in hidden]
 
 
-def _blocked(parts, weights, channels, layers, shape: Shape) -> list[jax.Array]:
+def _blocked(parts, weights, features, layers, shape: Shape) -> list[jax.Array]:
     """As matrix products, on a block of the tensor at a time along its longest axis."""
     axis = int(np.argmax(shape))
     rows = max(1, BLOCK * shape[axis] // math.prod(shape))
 
     def block(cut: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        xs = jnp.stack([math.prod(map(cut, channel)) for channel in channels])
+        # not channel by channel: what is cut out of a loop's input before the loop is stored
+        xs = jnp.concatenate([product([cut(factor) for factor in feature]) for feature in features])
         if weights.ndim == 2 or weights.size == math.prod(weights.shape[:2]):
             hidden = jnp.tensordot(weights.reshape(weights.shape[:2]).T, xs, 1)
         else:
