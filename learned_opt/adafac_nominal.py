@@ -148,10 +148,10 @@ class AdafacNominal:
 
         return optax.GradientTransformationExtraArgs(init, update)
 
-    def _leaf_update(self, mlp, time, g, p, m, v, factored: features.Factored) -> jax.Array:
+    def _leaf_update(self, mlp, time, g, p, m, v, row, col) -> jax.Array:
         p = jnp.asarray(p)
         dtype, p = p.dtype, p.astype(jnp.float32)
-        known = features.tensor_features(g, p, m, v, factored, RMS_EPSILON, vector_epsilon=1e-6)
+        known = features.tensor_features(g, p, m, v, row, col, RMS_EPSILON, vector_epsilon=1e-6)
         direction, magnitude, nominal_magnitude, decay_magnitude = mlp_per_parameter(
             mlp, [known[name] for name in INPUTS], shared=time, shape=g.shape, epsilon=1e-5
         )

@@ -124,13 +124,18 @@ def check_params(params: Params) -> None:
 
     Raises:
       TypeError: a leaf is not a floating-point array; the message names it.
+      ValueError: a leaf has no elements, so no statistics.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        dtype = jnp.result_type(leaf)
+        dtype, where = jnp.result_type(leaf), jax.tree_util.keystr(path) or "params"
         if not jnp.issubdtype(dtype, jnp.floating):
-            where = jax.tree_util.keystr(path) or "params"
             raise TypeError(
                 f"`params` must hold floating-point arrays, got {dtype} at {where}; "
+                "leave it out with optax.masked or optax.multi_transform"
+            )
+        if not np.size(leaf):
+            raise ValueError(
+                f"`params` must not be empty, got shape {jnp.shape(leaf)} at {where}; "
                 "leave it out with optax.masked or optax.multi_transform"
             )
 

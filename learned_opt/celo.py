@@ -33,7 +33,7 @@ class Celo:
       hidden: width of the MLP.
       schedule: False makes the multiplier 1. Published meta-training has two phases: first the MLP
         without the schedule, then the schedule with theta["mlp"] frozen.
-      gradient_clip: gradients are velo.clipped to plus or minus this, element by element.
+      gradient_clip: gradients are clipped to plus or minus this, element by element.
       initial: where meta-training starts: "momentum" steps step_size * rms(params) along the
         momentum over its root mean square; "random" is the published start.
     """
@@ -92,22 +92,24 @@ class Celo:
 
         def update(updates, state, params=None, **extra_args):
             base.check_update(self, params)
+            updates = jax.tree.map(jnp.asarray, updates)
             loss = base.require_value(self, extra_args)
-            grads = velo.clipped(updates, self.gradient_clip)
             multiplier, plan = scheduler.run_schedule(
                 theta["scheduler"], state.scheduler, loss, state.count, horizon
             )
             step_size = self.step_size * (multiplier if self.schedule else 1.0)
-            accumulators = velo.accumulators_update(state.accumulators, grads)
+            accumulators = velo.accumulators_update(state.accumulators, updates, self.gradient_clip)
 
-            def leaf_update(g, p, m, v, factored):
+            def leaf_update(g, p, m, v, row, col):
                 p = jnp.asarray(p)
                 single = p.astype(jnp.float32)
                 scale = velo.parameter_scale(velo.mean_square(single))
-                step = velo.mlp_step(theta["mlp"], self.magnitude_scale, g, single, m, v, factored)
+                step = velo.mlp_step(
+                    theta["mlp"], self.magnitude_scale, self.gradient_clip, g, p, m, v, row, col
+                )
                 return (-step_size * scale * step).astype(p.dtype)
 
-            updates = jax.tree.map(leaf_update, grads, params, *accumulators)
+            updates = jax.tree.map(leaf_update, updates, params, *accumulators)
             count = optax.safe_increment(state.count)
             return updates, CeloState(count, plan, accumulators)
 

@@ -151,20 +151,20 @@ class Celo2:
         def update(updates, state, params=None, **extra_args):
             del extra_args
             base.check_update(self, params)
-            clip = self.gradient_clip
-            grads = jax.tree.map(lambda g: jnp.clip(g, -clip, clip), base.float32(updates))
-            accumulators = features.accumulators_update(*decays, state.accumulators, grads)
+            updates = jax.tree.map(jnp.asarray, updates)
+            accumulators = features.accumulators_update(
+                *decays, state.accumulators, updates, self.gradient_clip
+            )
             count = optax.safe_increment(state.count)
 
-            def leaf_update(g, p, m, v, factored):
-                p = jnp.asarray(p)
+            def leaf_update(g, p, m, v, row, col):
                 if g.ndim < 2 and self.vectors == "adam":
                     direction = self.vector_multiplier * self._adam(count, m[0], v[0])
                 else:
-                    direction = self._direction(mlp, g, p.astype(jnp.float32), m, v, factored)
-                return (-self.step_size * direction).astype(p.dtype)
+                    direction = self._direction(mlp, g, p, m, v, row, col)
+                return (-self.step_size * direction).astype(jnp.result_type(p))
 
-            updates = jax.tree.map(leaf_update, grads, params, *accumulators)
+            updates = jax.tree.map(leaf_update, updates, params, *accumulators)
             return updates, Celo2State(count, accumulators)
 
         return optax.GradientTransformationExtraArgs(init, update)
@@ -175,8 +175,10 @@ class Celo2:
             v = v / (1.0 - self.rms_decay**count)
         return m * lax.rsqrt(v + 1e-8)
 
-    def _direction(self, mlp, g, p, m, v, factored: features.Factored) -> jax.Array:
-        known = features.tensor_features(g, p, m, v, factored, rms_epsilon=1e-8)
+    def _direction(self, mlp, g, p, m, v, row, col) -> jax.Array:
+        known = features.tensor_features(
+            g, p, m, v, row, col, rms_epsilon=1e-8, clip=self.gradient_clip
+        )
         names = INPUTS if g.ndim > 1 else VECTOR_INPUTS
         if g.ndim < 2:
             mlp = mlp | {"w0": mlp["w0"][: 6 + 3 * len(m)]}
@@ -193,7 +195,7 @@ class Celo2:
         return unit_rms(direction)
 
 
-EXAMPLES = (Celo2(hidden=5),)
+EXAMPLES = (Celo2(hidden=4),)
 CONFIGURATIONS = {
     "celo2_base": Celo2(orthogonalise=False),
     # ELO-Celo2 of PyLO (arXiv 2506.10315), whose theta was meta-trained with expert trajectories

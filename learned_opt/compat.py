@@ -158,6 +158,27 @@ PYLO_CELO2 = {
     "mlp.b2": Source(("dense_b.1",)),
 }
 LINEAR = "mlp/~/linear_{}"
+NN = _layers("mlp", "nn/~/w{}", "nn/~/b{}") | DECAYS
+NN_ADAM = {
+    **_dense("lstm", "rnn_params/rnn/linear"),
+    **_dense("controls", "rnn_to_controls_params/rnn_to_controls"),
+    "initial.hidden": Source(("lstm_init_state/hidden",)),
+    "initial.cell": Source(("lstm_init_state/cell",)),
+    "initial.learning_rate": Source(("per_layer_lr",)),
+    "initial.beta1": Source(("per_layer_beta1",)),
+    "initial.beta2": Source(("per_layer_beta2",)),
+    "initial.epsilon": Source(("per_layer_epsilon",)),
+}
+RNN_MLP = {
+    **_dense("lstm", "rnn_params/rnn/linear"),
+    **_dense("lstm_to_lstm", "rnn_to_in_params/rnn_to_in"),
+    **_dense("lstm_to_mlp", "rnn_to_ff_params/rnn_to_ff"),
+    **_layers("mlp", f"ffmod_params/{LINEAR}/w", f"ffmod_params/{LINEAR}/b"),
+    "initial.hidden": Source(("lstm_init_state/hidden",)),
+    "initial.cell": Source(("lstm_init_state/cell",)),
+    "initial.from_lstm": Source(("initial_from_lstm",)),
+    "initial.from_mlp": Source(("initial_from_mlp",)),
+}
 
 # by rule, the layouts its weights are published in
 LAYOUTS: dict[str, list[Layout]] = {
@@ -165,8 +186,11 @@ LAYOUTS: dict[str, list[Layout]] = {
     "celo": [_split_mlp("mlp", "ff_mod_stack/~/") | _scheduler(controls=False)],
     "celo_adam": [_scheduler(controls=False)],
     "celo2": [_split_mlp("mlp", "ff_mod_stack/~/"), PYLO_CELO2],
-    "small_fc": [_layers("mlp", "nn/~/w{}", "nn/~/b{}") | DECAYS, PYLO_MLP],
+    "small_fc": [NN, PYLO_MLP],
+    "adafac_nominal": [NN],
     "mlp_lopt": [_layers("mlp", LINEAR + "/w", LINEAR + "/b")],
+    "nn_adam": [NN_ADAM],
+    "rnn_mlp": [RNN_MLP],
 }
 # published leaves that the published rules never read
 DEAD = {
@@ -177,12 +201,21 @@ DEAD = {
     "hidden_weights.0", "hidden_bias.0",
 }  # fmt: skip
 # fields that state sizes: field -> leaf of theta, axis
-SIZES: dict[str, dict[str, tuple[str, int]]] = {
-    "velo": {"lstm": ("scheduler.initial.hidden", -1), "bank": ("bank.b0", 0)},
-    "celo": {"lstm": ("scheduler.initial.hidden", -1), "hidden": ("mlp.b0", -1)},
-    "celo_adam": {"lstm": ("scheduler.initial.hidden", -1)},
-}
+LSTM = {"lstm": ("scheduler.initial.hidden", -1)}
 HIDDEN = {"hidden": ("mlp.b0", -1)}
+SIZES: dict[str, dict[str, tuple[str, int]]] = {
+    "velo": LSTM | {"bank": ("bank.b0", 0)},
+    "celo": LSTM | HIDDEN,
+    "celo_adam": LSTM,
+    "nn_adam": {"lstm": ("initial.hidden", -1)},
+    "rnn_mlp": HIDDEN
+    | {
+        "lstm": ("initial.hidden", -1),
+        "from_lstm": ("initial.from_lstm", 0),
+        "from_mlp": ("initial.from_mlp", 0),
+        "to_mlp": ("lstm_to_mlp.b", 0),
+    },
+}
 
 
 def _layout_of(name: str, leaves: Leaves) -> Layout:

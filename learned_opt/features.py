@@ -8,6 +8,8 @@ Sources: arXiv 2203.11860 (features of small_fc), arXiv 2211.09760 (VeLO's), arX
 (factored second moments).
 """
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.tree_util import Partial
 
-Feature = tuple[jax.Array, ...]
+from learned_opt.mlp import Feature
+
 TIME_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e5)
 
 
@@ -38,6 +42,24 @@ def ema(decays: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
     """
     b = lax.expand_dims(decays, range(1, old.ndim))
     return b * old + (1.0 - b) * new[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """x in float32, every element within plus or minus `bound`."""
+
+    bound: float = math.inf
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        return x if math.isinf(self.bound) else jnp.clip(x, -self.bound, self.bound)
+
+
+def _read(g: jax.Array, beside: jax.Array, clip: float) -> jax.Array:
+    """The clipped gradient for one average, `beside`: XLA would store what several of them share,
+    the clipped gradient or its square, and storing costs more than computing it again.
+    """
+    return Clip(clip)(lax.optimization_barrier((jnp.asarray(g), beside))[0])
 
 
 class Factored(NamedTuple):
@@ -62,32 +84,35 @@ def factored_axes(shape: tuple[int, ...]) -> tuple[int, int] | None:
     return int(order[-2]), int(order[-1])
 
 
-def factored_init(params: Any, channels: int) -> Any:
-    """Zero factors per leaf, as a tree of `Factored`."""
-
-    def leaf(p: jax.Array) -> Factored:
-        shape = jnp.shape(p)
-        axes = factored_axes(shape)
-        if axes is None:
-            return Factored(jnp.zeros((channels, *shape)), jnp.zeros((channels, 0)))
-        d1, d0 = axes
-        keep = lambda axis: tuple(1 if i == axis else n for i, n in enumerate(shape))  # noqa: E731
-        return Factored(jnp.zeros((channels, *keep(d0))), jnp.zeros((channels, *keep(d1))))
-
-    return jax.tree.map(leaf, params)
+def factored_init(p: jax.Array, channels: int) -> Factored:
+    """Zero factors of one tensor."""
+    shape = jnp.shape(p)
+    axes = factored_axes(shape)
+    if axes is None:
+        return Factored(jnp.zeros((channels, *shape)), jnp.zeros((channels, 0)))
+    d1, d0 = axes
+    keep = lambda axis: tuple(1 if i == axis else n for i, n in enumerate(shape))  # noqa: E731
+    return Factored(jnp.zeros((channels, *keep(d0))), jnp.zeros((channels, *keep(d1))))
 
 
-def factored_update(decays: jax.Array, old: Factored, grad: jax.Array) -> Factored:
+def factored_update(
+    decays: jax.Array,
+    old: Factored,
+    grad: jax.Array,
+    clip: float = math.inf,
+) -> Factored:
     """Averages of the squared gradient over the two largest axes. The mean is taken once for all
-    decays.
+    decays. The gradient's elements are clipped to plus or minus `clip`.
     """
-    square = grad * grad + 1e-30
     axes = factored_axes(grad.shape)
     if axes is None:
-        return Factored(ema(decays, old.row, square), old.col)
+        square = jnp.square(_read(grad, old.row, clip))
+        return Factored(ema(decays, old.row, square + 1e-30), old.col)
     d1, d0 = axes
-    row = ema(decays, old.row, jnp.mean(square, axis=d0, keepdims=True))
-    return Factored(row, ema(decays, old.col, jnp.mean(square, axis=d1, keepdims=True)))
+    over_d0 = jnp.mean(jnp.square(_read(grad, old.row, clip)), axis=d0, keepdims=True)
+    over_d1 = jnp.mean(jnp.square(_read(grad, old.col, clip)), axis=d1, keepdims=True)
+    row, col = ema(decays, old.row, over_d0 + 1e-30), ema(decays, old.col, over_d1 + 1e-30)
+    return Factored(row, col)
 
 
 def safe_rsqrt(x: jax.Array) -> jax.Array:
@@ -112,28 +137,49 @@ def time_embedding(count: jax.Array) -> jax.Array:
 
 
 class Accumulators(NamedTuple):
-    """Per leaf, in float32: momenta [n, *shape], second moments [k, *shape], Adafactor factors."""
+    """Per leaf, in float32: momenta [n, *shape], second moments [k, *shape], and Adafactor's
+    factors, see `Factored`. One tree for each, as wrappers such as flax's nnx expect of a state.
+    """
 
     momentum: Any
     rms: Any
-    factored: Any
+    row: Any
+    col: Any
 
 
 def accumulators_init(params: Any, momentum: int, rms: int, factored: int) -> Accumulators:
     """Zeros, with that many channels each."""
-    return Accumulators(
-        moments_init(params, momentum), moments_init(params, rms), factored_init(params, factored)
-    )
+    factors = jax.tree.map(lambda p: factored_init(p, factored), params)
+    row, col = _trees(params, factors)
+    return Accumulators(moments_init(params, momentum), moments_init(params, rms), row, col)
+
+
+def _trees(params: Any, factors: Any) -> tuple[Any, Any]:
+    """A tree of `Factored` as two trees."""
+    row = jax.tree.map(lambda _, f: f.row, params, factors)
+    return row, jax.tree.map(lambda _, f: f.col, params, factors)
 
 
 def accumulators_update(
-    momentum: jax.Array, rms: jax.Array, factored: jax.Array, old: Accumulators, grads: Any
+    momentum: jax.Array,
+    rms: jax.Array,
+    factored: jax.Array,
+    old: Accumulators,
+    grads: Any,
+    clip: float = math.inf,
 ) -> Accumulators:
-    """The averages after one more gradient, with decays [n], [k] and [n]."""
+    """The averages after one more gradient, of which every element is clipped to plus or minus
+    `clip`, with decays [n], [k] and [n].
+    """
+
+    factors = jax.tree.map(
+        lambda g, row, col: factored_update(factored, Factored(row, col), g, clip),
+        grads, old.row, old.col,
+    )  # fmt: skip
     return Accumulators(
-        jax.tree.map(lambda m, g: ema(momentum, m, g), old.momentum, grads),
-        jax.tree.map(lambda v, g: ema(rms, v, g * g), old.rms, grads),
-        jax.tree.map(lambda g, f: factored_update(factored, f, g), grads, old.factored),
+        jax.tree.map(lambda g, m: ema(momentum, m, _read(g, m, clip)), grads, old.momentum),
+        jax.tree.map(lambda g, v: ema(rms, v, jnp.square(_read(g, v, clip))), grads, old.rms),
+        *_trees(grads, factors),
     )
 
 
@@ -142,43 +188,54 @@ def tensor_features(
     p: jax.Array,
     m: jax.Array,
     v: jax.Array,
-    factored: Factored,
+    row: jax.Array,
+    col: jax.Array,
     rms_epsilon: float = 1e-6,
     vector_epsilon: float = 0.0,
+    clip: float = math.inf,
 ) -> dict[str, Feature]:
     """What the published MLP rules know of one tensor, by name, each as the tuple of its factors.
 
     Args:
-      g, p: gradient and parameter [*shape], float32.
+      g, p: gradient and parameter [*shape].
       m, v: momenta [n, *shape] and second moment [1, *shape], the gradient included.
-      factored: factors of n channels, the gradient included.
+      row, col: factors of n channels, see `Factored`, the gradient included.
       rms_epsilon: inside rsqrt(v + .).
       vector_epsilon: for ranks 0 and 1, inside the rsqrt that preconditions the momenta by the
         unfactored second moment.
+      clip: the gradient's elements are clipped to plus or minus this.
     """
-    rsqrt = lax.rsqrt(v + rms_epsilon)
-    scales = factored_scales(factored, g.shape)
+    raw, scales = jnp.asarray(g)[None], factored_scales(Factored(row, col), g.shape)
+    momentum_scales = scales
     if factored_axes(g.shape) is None:
-        row, col, momentum_scales = (
-            factored.row,
-            factored.row,
-            (lax.rsqrt(factored.row + vector_epsilon),),
-        )
-    else:
-        row, col, momentum_scales = factored.row, factored.col, scales
+        col, momentum_scales = row, (lax.rsqrt(row + vector_epsilon),)
+    gradient, rsqrt = Partial(Clip(clip), raw), Partial(Rsqrt(rms_epsilon), v)
     return {
-        "g": (g[None],),
-        "clipped_g": (jnp.clip(g[None], -0.1, 0.1),),
-        "p": (p[None],),
+        "g": (gradient,),
+        "clipped_g": (Partial(Clip(min(clip, 0.1)), raw),),
+        "p": (Partial(Clip(), jnp.asarray(p)[None]),),
         "m": (m,),
         "v": (v,),
         "m_rsqrt": (m, rsqrt),
         "rsqrt": (rsqrt,),
-        "factored_g": (g[None], *scales),
-        "g_rsqrt": (g[None], rsqrt),
+        "factored_g": (gradient, *scales),
+        "g_rsqrt": (gradient, rsqrt),
         "row": (row,),
         "col": (col,),
         "row_rsqrt": (lax.rsqrt(row + 1e-8),),
         "col_rsqrt": (lax.rsqrt(col + 1e-8),),
         "factored_m": (m, *momentum_scales),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Rsqrt:
+    """1 / sqrt(x + epsilon)."""
+
+    epsilon: float
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return lax.rsqrt(x + self.epsilon)
+
+    def squared(self, x: jax.Array) -> jax.Array:
+        return 1.0 / (x + self.epsilon)

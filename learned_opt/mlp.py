@@ -17,13 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.tree_util import Partial
 
 Weights = dict[str, jax.Array]
-Feature = tuple[jax.Array, ...]
+Factor = jax.Array | Partial
+Feature = tuple[Factor, ...]
+Values = tuple[jax.Array, ...]
 Shape = tuple[int, ...]
 
 NARROW = 8
 BLOCK = 8192
+CHAINS = 4
 
 
 def mlp_init(key: jax.Array, sizes: Sequence[int]) -> Weights:
@@ -52,7 +56,6 @@ def pass_through(theta: Weights, channel: int) -> Weights:
     return theta | {"w0": w0, "w1": w1, "w2": w2}
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "epsilon", "axes"))
 def mlp_per_parameter(
     theta: Weights,
     features: Sequence[Feature],
@@ -60,6 +63,7 @@ def mlp_per_parameter(
     shape: Shape,
     epsilon: float,
     axes: tuple[int, ...] | None = None,
+    pooled: int = 0,
 ) -> list[jax.Array]:
     """A ReLU MLP applied to every element of a tensor.
 
@@ -67,48 +71,79 @@ def mlp_per_parameter(
       theta: {w0, b0, w1, ...}; the rows of w0 are the channels of `features` in order, then
         `shared`.
       features: products, each the tuple of its factors [channels or 1, *broadcasts to shape]. Each
-        channel is divided by its root mean square.
+        channel is divided by its root mean square. A factor may be a `Partial`, a function of
+        single elements with its arrays: it is computed where it is used and never stored.
       shared: [k] inputs that are equal for all elements; not normalised.
       shape: the tensor's shape.
       epsilon: added to the mean square.
       axes: where the mean square is taken, negative numbers; None: over the whole tensor. Axes that
         the tensor does not have are left out.
+      pooled: of how many outputs, the last ones, only the mean over the tensor is wanted.
 
     Returns:
-      The outputs, each of `shape`.
+      The outputs, each of `shape`, the pooled ones scalars.
     """
     if not shape:
-        features = [tuple(factor[:, None] for factor in feature) for feature in features]
-        return [x[0] for x in mlp_per_parameter(theta, features, shared, (1,), epsilon, axes)]
+        features = jax.tree.map(lambda x: x[:, None], features)
+        found = mlp_per_parameter(theta, features, shared, (1,), epsilon, axes, pooled)
+        return [x.reshape(()) for x in found]
+    arrays, structure = jax.tree.flatten(features)
+    places = {id(array): array for array in arrays}
+    order = tuple(list(places).index(id(array)) for array in arrays)
+    axes = tuple(range(-len(shape), 0)) if axes is None else axes
+    axes = tuple(axis for axis in axes if axis >= -len(shape))
+    return _mlp(
+        theta, list(places.values()), shared, order, structure, shape, epsilon, axes, pooled
+    )
+
+
+@functools.partial(jax.jit, static_argnums=range(3, 9))
+def _mlp(theta, arrays, shared, order, structure, shape: Shape, epsilon, axes: Shape, pooled: int):
     rank = len(shape)
-    axes = tuple(range(-rank, 0)) if axes is None else tuple(a for a in axes if a >= -rank)
-    counts = [max(len(factor) for factor in feature) for feature in features]
+    features: Sequence[Feature] = structure.unflatten([arrays[i] for i in order])
+    # What the statistics and the MLP both compute XLA would compute once, and store. They share
+    # the arrays alone.
+    apart = lax.optimization_barrier(arrays)
+    watched: Sequence[Feature] = structure.unflatten([apart[i] for i in order])
+    values = [tuple(map(_value, feature)) for feature in features]
+    counts = [max(len(factor) for factor in value) for value in values]
     *weights, weights_of_shared = jnp.split(theta["w0"], np.cumsum(counts))
 
-    whole: list[tuple[Feature, jax.Array]] = []
-    small: dict[Shape, list[tuple[jax.Array, jax.Array]]] = {}
-    for feature, w in zip(features, weights, strict=True):
-        part = np.broadcast_shapes(*(factor.shape[1:] for factor in feature))
-        if part == shape:
-            whole.append((feature, w))
-        else:
-            small.setdefault(part, []).append((product(feature), w))
+    whole: list[int] = []
+    small: dict[Shape, list[int]] = {}
+    for i, value in enumerate(values):
+        part = np.broadcast_shapes(*(factor.shape[1:] for factor in value))
+        (whole if part == shape else small.setdefault(part, [])).append(i)
     parts = [_column(theta["b0"] + shared @ weights_of_shared, rank)]
     for group in small.values():
-        x, w = (jnp.concatenate(arrays) for arrays in zip(*group, strict=True))
+        x = jnp.concatenate([product(values[i]) for i in group])
         # repeated along the axes it lacks, it has the mean square of the small array
         x = x * lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + epsilon)
+        w = jnp.concatenate([weights[i] for i in group])
         parts.append(jnp.sum(_column(w, rank) * x[:, None], axis=0))
-    features = [feature for feature, _ in whole]
-    channels = [channel for feature in features for channel in _channels(feature)]
-    scale = lax.rsqrt(_mean_squares(channels, axes) + epsilon)
-    w = _column(jnp.concatenate([w for _, w in whole]), rank) * scale[:, None]
+    scale = lax.rsqrt(_mean_squares([watched[i] for i in whole], axes) + epsilon)
+    w = _column(jnp.concatenate([weights[i] for i in whole]), rank) * scale[:, None]
 
     wide = max(b.shape[-1] for name, b in theta.items() if name.startswith("b")) > NARROW
     layers = [(theta[f"w{i}"], theta[f"b{i}"]) for i in range(1, len(theta) // 2)]
     if wide:
-        return _blocked(parts, w, features, layers, shape)
-    return _unrolled(parts, w, channels, layers, shape)
+        return _blocked(parts, w, [features[i] for i in whole], layers, shape, pooled)
+    channels = [tuple(map(_value, c)) for i in whole for c in _channels(features[i])]
+    outputs = _unrolled(parts, w, channels, layers, shape)
+    kept = len(outputs) - pooled
+    return [*outputs[:kept], *map(jnp.mean, outputs[kept:])]
+
+
+def _value(factor: Factor) -> jax.Array:
+    return factor() if isinstance(factor, Partial) else factor
+
+
+def _squared(factor: Factor) -> jax.Array:
+    """The square, by the factor's own `squared` if its function has a cheaper one."""
+    if isinstance(factor, Partial) and hasattr(factor.func, "squared"):
+        return factor.func.squared(*factor.args)
+    value = _value(factor)
+    return value * value
 
 
 def product(feature: Sequence[jax.Array]) -> jax.Array:
@@ -122,34 +157,41 @@ def _column(array: jax.Array, rank: int) -> jax.Array:
 
 
 def _channels(feature: Feature) -> list[Feature]:
-    """A product of arrays [*broadcasts] for every channel."""
+    """A product of factors [*broadcasts] for every channel."""
+    count = max(len(array) for array in jax.tree.leaves(feature))
     pick = lambda f, i: lax.index_in_dim(f, min(i, len(f) - 1), keepdims=False)  # noqa: E731
-    count = max(len(factor) for factor in feature)
-    return [tuple(pick(factor, i) for factor in feature) for i in range(count)]
+    return [jax.tree.map(functools.partial(pick, i=i), feature) for i in range(count)]
 
 
 @jax.custom_jvp
-def _sum_last(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def sum_last(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """The sum of each array over the last axis, in one loop over what they are made of."""
     zeros = (jnp.zeros(()),) * len(arrays)
     add = lambda old, new: tuple(x + y for x, y in zip(old, new, strict=True))  # noqa: E731
     return tuple(lax.reduce(arrays, zeros, add, (arrays[0].ndim - 1,)))
 
 
-@_sum_last.defjvp
+@sum_last.defjvp
 def _(primals, tangents):
-    return _sum_last(*primals), tuple(jnp.sum(t, axis=-1) for t in tangents[0])
+    return sum_last(*primals), tuple(jnp.sum(t, axis=-1) for t in tangents[0])
 
 
-def _mean_squares(channels: Sequence[Feature], axes: Shape) -> jax.Array:
-    """The mean square of each product over `axes`, which are kept with size 1.
-
-    The squares are products of squares: squares of products would share the products with the MLP,
-    and XLA would store what is shared, one array of the tensor's size per feature.
+def _mean_squares(features: Sequence[Feature], axes: Shape) -> jax.Array:
+    """The mean square of every channel over `axes`, which are kept with size 1. What is constant
+    along the last axis is multiplied after the sum over it.
     """
-    squares = tuple(product([factor * factor for factor in channel]) for channel in channels)
-    sums = jnp.stack(_sum_last(squares))[..., None]
-    return jnp.mean(sums, axes, keepdims=True) / squares[0].shape[-1]
+    channels = [tuple(map(_squared, c)) for feature in features for c in _channels(feature)]
+    along, across = [], []
+    for channel in channels:
+        varies = [square.shape[-1] > 1 for square in channel]
+        varies = varies if any(varies) else [True] * len(channel)
+        along.append([x for x, inner in zip(channel, varies, strict=True) if inner])
+        across.append([x for x, inner in zip(channel, varies, strict=True) if not inner])
+    shape = np.broadcast_shapes(*(square.shape for channel in channels for square in channel))
+    squares = tuple(jnp.broadcast_to(product(factors), shape) for factors in along)
+    rows = [row[..., None] for row in sum_last(squares)]
+    rows = [product([row, *factors]) for row, factors in zip(rows, across, strict=True)]
+    return jnp.mean(jnp.stack(rows), axes, keepdims=True) / shape[-1]
 
 
 def _numbers(array: jax.Array, shape: Shape) -> list[list[jax.Array]]:
@@ -168,6 +210,7 @@ def _numbers(array: jax.Array, shape: Shape) -> list[list[jax.Array]]:
     return [spread[i * m : (i + 1) * m] for i in range(n)]
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _unrolled(parts, weights, channels, layers, shape: Shape) -> list[jax.Array]:
     """Number by number: one loop for XLA, nothing stored.
 
@@ -180,31 +223,51 @@ def _unrolled(parts, weights, channels, layers, shape: Shape) -> list[jax.Array]
     xs = [product([factor[None] for factor in channel]) for channel in channels]
     starts = zip(*(numbers(part[None])[0] for part in parts), strict=True)
     hidden = [
-        sum(
-            (x * w for x, w in zip(xs, column, strict=True)),
-            start=functools.reduce(operator.add, start),
-        )
+        _total([x * w for x, w in zip(xs, column, strict=True)] + list(start))
         for column, start in zip(zip(*numbers(weights), strict=True), starts, strict=True)
     ]
     for matrix, bias in layers:
         hidden = [jax.nn.relu(h) for h in hidden]
+        columns = zip(zip(*numbers(matrix), strict=True), *numbers(bias[None]), strict=True)
         hidden = [
-            sum((h * w for h, w in zip(hidden, column, strict=True)), start=b)
-            for column, b in zip(
-                zip(*numbers(matrix), strict=True), *numbers(bias[None]), strict=True
-            )
+            _total([h * w for h, w in zip(hidden, column, strict=True)] + [b])
+            for column, b in columns
         ]
     return [h[0] for h in hidden]
 
 
-def _blocked(parts, weights, features, layers, shape: Shape) -> list[jax.Array]:
+@_unrolled.defjvp
+def _(shape: Shape, primals, tangents):
+    """Through matrix products: number by number, every weight's gradient would be a sum of its own
+    over the tensor.
+    """
+
+    def multiplied(parts, weights, channels, layers):
+        features = [tuple(factor[None] for factor in channel) for channel in channels]
+        return _blocked(parts, weights, features, layers, shape, pooled=0)
+
+    return _unrolled(*primals, shape), jax.jvp(multiplied, primals, tangents)[1]
+
+
+def _total(terms: list[jax.Array]) -> jax.Array:
+    """The sum, in CHAINS interleaved sums: in one, every addition waits for the one before."""
+    chains = [
+        functools.reduce(operator.add, terms[i::CHAINS]) for i in range(min(CHAINS, len(terms)))
+    ]
+    return functools.reduce(operator.add, chains)
+
+
+def _blocked(parts, weights, features, layers, shape: Shape, pooled: int) -> list[jax.Array]:
     """As matrix products, on a block of the tensor at a time along its longest axis."""
     axis = int(np.argmax(shape))
     rows = max(1, BLOCK * shape[axis] // math.prod(shape))
+    kept = (len(layers[-1][1]) if layers else weights.shape[1]) - pooled
+    inner = tuple(range(1, len(shape) + 1))
 
     def block(cut: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        # not channel by channel: what is cut out of a loop's input before the loop is stored
-        xs = jnp.concatenate([product([cut(factor) for factor in feature]) for feature in features])
+        # neither channel by channel nor computed before it is cut: the loop's inputs are stored
+        blocks = [list(map(_value, jax.tree.map(cut, feature))) for feature in features]
+        xs = jnp.concatenate(list(map(product, blocks)))
         if weights.ndim == 2 or weights.size == math.prod(weights.shape[:2]):
             hidden = jnp.tensordot(weights.reshape(weights.shape[:2]).T, xs, 1)
         else:
@@ -215,9 +278,11 @@ def _blocked(parts, weights, features, layers, shape: Shape) -> list[jax.Array]:
         return hidden
 
     if rows >= shape[axis]:
-        return list(block(lambda x: x))
+        found = block(lambda x: x)
+        return [*found[:kept], *jnp.mean(found[kept:], axis=inner)]
 
-    def fill(i: jax.Array, filled: jax.Array) -> jax.Array:
+    def fill(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        filled, total = carry
         # the last block is moved back inside: what it shares with its neighbour is computed twice
         start = jnp.minimum(i * rows, shape[axis] - rows)
 
@@ -226,8 +291,13 @@ def _blocked(parts, weights, features, layers, shape: Shape) -> list[jax.Array]:
             return x if x.shape[at] == 1 else lax.dynamic_slice_in_dim(x, start, rows, at)
 
         found = block(cut)
-        return lax.dynamic_update_slice_in_dim(filled, found, start, axis + 1)
+        new = _column(start + jnp.arange(rows) >= i * rows, len(shape) - axis - 1)
+        pool = jnp.where(jnp.broadcast_to(new, found.shape[1:])[None], found[kept:], 0.0)
+        filled = lax.dynamic_update_slice_in_dim(filled, found[:kept], start, axis + 1)
+        return filled, total + jnp.sum(pool, axis=inner)
 
-    outputs = len(layers[-1][1]) if layers else weights.shape[1]
     blocks = -(-shape[axis] // rows)
-    return list(lax.fori_loop(0, blocks, fill, jnp.zeros((outputs, *shape))))
+    filled, total = lax.fori_loop(
+        0, blocks, fill, (jnp.zeros((kept, *shape)), jnp.zeros((pooled,)))
+    )
+    return [*filled, *(total / math.prod(shape))]

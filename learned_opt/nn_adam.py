@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from learned_opt import base
-from learned_opt.recurrent import LSTMState, dense, lstm, lstm_init
+from learned_opt.recurrent import LSTMState, dense, lstm, lstm_init, placed_as, whole
 
 # the LSTM moves log(x) / 10 of learning rate, 1 - beta1, 1 - beta2 and epsilon; bounds of log(x)
 LOWEST = np.array([np.log(1e-8), -10.0, -10.0, np.log(1e-11)], np.float32)
@@ -36,21 +35,6 @@ def from_log(moved: jax.Array) -> jax.Array:
 
 def log_magnitude(x: jax.Array) -> jax.Array:
     return 0.5 * jnp.clip(jnp.log(1e-8 + jnp.abs(x)), -5.0, 5.0)
-
-
-def whole(x: jax.Array) -> jax.Array:
-    """`x` on every device, where shardings are part of types; the LSTM is too small to be split."""
-    sharding = jax.typeof(x).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
-        return x
-    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
-
-
-def placed_as(x: jax.Array, old: jax.Array) -> jax.Array:
-    """`x` split over devices as `old` is, where shardings are part of types."""
-    sharding = jax.typeof(old).sharding
-    explicit = AxisType.Explicit in sharding.mesh.axis_types
-    return jax.sharding.reshard(x, sharding) if explicit else x
 
 
 class NNAdamState(NamedTuple):

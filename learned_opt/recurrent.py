@@ -2,11 +2,12 @@
 Schmidhuber 1997; gates and forget bias as in haiku, whose weights the published rules hold).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Dense = dict[str, jax.Array]
 
@@ -41,3 +42,25 @@ def lstm(theta: Dense, x: jax.Array, state: LSTMState) -> LSTMState:
     i, g, f, o = jnp.split(gates, 4, axis=-1)
     cell = jax.nn.sigmoid(f + 1.0) * state.cell + jax.nn.sigmoid(i) * jnp.tanh(g)
     return LSTMState(jax.nn.sigmoid(o) * jnp.tanh(cell), cell)
+
+
+def whole(tree: Any) -> Any:
+    """The arrays on every device, where shardings are part of types: too small to be split."""
+
+    def leaf(x: jax.Array) -> jax.Array:
+        mesh = jax.typeof(x).sharding.mesh
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        return jax.sharding.reshard(x, everywhere) if AxisType.Explicit in mesh.axis_types else x
+
+    return jax.tree.map(leaf, tree)
+
+
+def placed_as(tree: Any, old: Any) -> Any:
+    """The arrays split over devices as those of `old` are, where shardings are part of types."""
+
+    def leaf(x: jax.Array, old: jax.Array) -> jax.Array:
+        sharding = jax.typeof(old).sharding
+        explicit = AxisType.Explicit in sharding.mesh.axis_types
+        return jax.sharding.reshard(x, sharding) if explicit else x
+
+    return jax.tree.map(leaf, tree, old)

@@ -12,11 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.tree_util import Partial
 
 from learned_opt import base, features
 from learned_opt.mlp import mlp_init, mlp_per_parameter, pass_through
-from learned_opt.nn_adam import placed_as, whole
-from learned_opt.recurrent import LSTMState, dense, dense_init, lstm, lstm_init
+from learned_opt.recurrent import (
+    LSTMState,
+    dense,
+    dense_init,
+    lstm,
+    lstm_init,
+    placed_as,
+    whole,
+)
 
 STATISTICS = 18
 TRAIN_LOSS_DECAY, VALID_LOSS_DECAY = 0.9, 0.95
@@ -214,18 +222,23 @@ class RnnMlp:
         """The update of a tensor and what its MLP tells the LSTM, [from_mlp]."""
         p = jnp.asarray(p)
         dtype, p = p.dtype, p.astype(jnp.float32)
-        rsqrt = lax.rsqrt(v + 1e-6)
-        inputs = [
-            (g[None],), (p[None],), (jnp.log(jnp.abs(p[None]) + 1e-8),),
-            (m,), (v,), (m, rsqrt), (rsqrt,),
-        ]  # fmt: skip
+        rsqrt, p = Partial(_rsqrt, v), p[None]
+        inputs = [(g[None],), (p,), (Partial(_log_abs, p),), (m,), (v,), (m, rsqrt), (rsqrt,)]
         sizes = [math.log(tensors) - 1.0, jnp.log(_norm(p) + 1e-8), math.log(p.size)]
         shared = jnp.concatenate([_time_embedding(time), jnp.stack(sizes), told])
-        direction, magnitude, *outputs = mlp_per_parameter(
-            mlp, inputs, shared=shared, shape=p.shape, epsilon=1e-5
+        direction, magnitude, *means = mlp_per_parameter(
+            mlp, inputs, shared=shared, shape=g.shape, epsilon=1e-5, pooled=self.from_mlp
         )
         step = self.step_size * direction * jnp.exp(self.magnitude_scale * magnitude)
-        return -step.astype(dtype), jnp.stack([jnp.mean(x) for x in outputs])
+        return -step.astype(dtype), jnp.stack(means)
+
+
+def _rsqrt(v: jax.Array) -> jax.Array:
+    return lax.rsqrt(v + 1e-6)
+
+
+def _log_abs(p: jax.Array) -> jax.Array:
+    return jnp.log(jnp.abs(p) + 1e-8)
 
 
 def _time_embedding(count: jax.Array) -> jax.Array:

@@ -7,10 +7,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from learned_opt.recurrent import Dense, LSTMState, dense, dense_init, lstm, lstm_init
+from learned_opt.recurrent import (
+    Dense,
+    LSTMState,
+    dense,
+    dense_init,
+    lstm,
+    lstm_init,
+    placed_as,
+    whole,
+)
 
 FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 AVERAGES = 10
@@ -30,28 +38,6 @@ class LossBuffer(NamedTuple):
 class SchedulerState(NamedTuple):
     losses: LossBuffer
     lstm: LSTMState
-
-
-def whole(tree: Any) -> Any:
-    """The arrays on every device, where shardings are part of types: too small to be split."""
-
-    def leaf(x: jax.Array) -> jax.Array:
-        mesh = jax.typeof(x).sharding.mesh
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        return jax.sharding.reshard(x, everywhere) if AxisType.Explicit in mesh.axis_types else x
-
-    return jax.tree.map(leaf, tree)
-
-
-def placed_as(tree: Any, old: Any) -> Any:
-    """The arrays split over devices as those of `old` are, where shardings are part of types."""
-
-    def leaf(x: jax.Array, old: jax.Array) -> jax.Array:
-        sharding = jax.typeof(old).sharding
-        explicit = AxisType.Explicit in sharding.mesh.axis_types
-        return jax.sharding.reshard(x, sharding) if explicit else x
-
-    return jax.tree.map(leaf, tree, old)
 
 
 def fraction_features(count: ArrayLike, horizon: int | jax.Array) -> jax.Array:

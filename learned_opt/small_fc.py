@@ -88,8 +88,11 @@ class SmallFC:
         channels = len(self.momentum_decays)
         decays = (
             features.learned_decays(self.momentum_decays, theta["momentum_decays"]),
-            features.learned_decays((self.rms_decay,), theta["rms_decays"]),
-            features.learned_decays(self.factored_decays, theta["factored_decays"]),
+            # an average of squares must not become negative
+            jnp.clip(features.learned_decays((self.rms_decay,), theta["rms_decays"]), 0.0, 1.0),
+            jnp.clip(
+                features.learned_decays(self.factored_decays, theta["factored_decays"]), 0.0, 1.0
+            ),
         )
 
         def init(params: base.Params) -> SmallFCState:
@@ -100,28 +103,25 @@ class SmallFC:
         def update(updates, state, params=None, **extra_args):
             del extra_args
             base.check_update(self, params)
-            grads = base.float32(updates)
-            accumulators = features.accumulators_update(*decays, state.accumulators, grads)
+            updates = jax.tree.map(jnp.asarray, updates)
+            accumulators = features.accumulators_update(*decays, state.accumulators, updates)
             time = features.time_embedding(state.count)
             updates = jax.tree.map(
                 lambda *leaf: self._leaf_update(theta["mlp"], time, *leaf),
-                grads, params, *accumulators,
+                updates, params, *accumulators,
             )  # fmt: skip
             count = optax.safe_increment(state.count)
             return updates, SmallFCState(count, accumulators)
 
         return optax.GradientTransformationExtraArgs(init, update)
 
-    def _leaf_update(self, mlp, time, g, p, m, v, factored: features.Factored) -> jax.Array:
-        p = jnp.asarray(p)
-        known = features.tensor_features(
-            g, p.astype(jnp.float32), m, v, factored, vector_epsilon=1e-6
-        )
+    def _leaf_update(self, mlp, time, g, p, m, v, row, col) -> jax.Array:
+        known = features.tensor_features(g, p, m, v, row, col, vector_epsilon=1e-6)
         direction, magnitude = mlp_per_parameter(
             mlp, [known[name] for name in INPUTS], shared=time, shape=g.shape, epsilon=1e-5
         )
         step = self.step_size * direction * jnp.exp(self.magnitude_scale * magnitude)
-        return -step.astype(p.dtype)
+        return -step.astype(jnp.result_type(p))
 
 
 EXAMPLES = (SmallFC(hidden=4),)

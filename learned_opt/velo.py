@@ -8,9 +8,11 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from learned_opt import base, features, scheduler
-from learned_opt.mlp import Shape, Weights, _sum_last, mlp_init, mlp_per_parameter, pass_through
+from learned_opt.mlp import Shape, Weights, mlp_init, mlp_per_parameter, pass_through, sum_last
+from learned_opt.recurrent import placed_as, whole
 
 # in the order of the rows of w0
 INPUTS = (
@@ -33,21 +35,18 @@ def accumulators_init(params: base.Params) -> features.Accumulators:
     return features.accumulators_init(params, n, len(RMS_DECAY), n)
 
 
-def accumulators_update(old: features.Accumulators, grads: base.Params) -> features.Accumulators:
+def accumulators_update(
+    old: features.Accumulators, grads: base.Params, clip: float
+) -> features.Accumulators:
     decays, rms_decay = jnp.asarray(DECAYS), jnp.asarray(RMS_DECAY)
-    return features.accumulators_update(decays, rms_decay, decays, old, grads)
+    return features.accumulators_update(decays, rms_decay, decays, old, grads, clip)
 
 
-def clipped(grads: base.Params, bound: float) -> base.Params:
-    """Gradients in float32, every element within plus or minus `bound`."""
-    return jax.tree.map(lambda g: jnp.clip(g, -bound, bound), base.float32(grads))
-
-
-def mlp_step(mlp: Weights, magnitude_scale: float, g, p, m, v, factored) -> jax.Array:
+def mlp_step(mlp: Weights, magnitude_scale: float, clip: float, g, p, m, v, row, col) -> jax.Array:
     """The MLP on one tensor: its first output times exp(magnitude_scale * the second); the third
     does nothing.
     """
-    known = features.tensor_features(g, p, m, v, factored)
+    known = features.tensor_features(g, p, m, v, row, col, clip=clip)
     direction, magnitude, _ = mlp_per_parameter(
         mlp, [known[name] for name in INPUTS], jnp.zeros((0,)), shape=g.shape, epsilon=1e-5
     )
@@ -55,8 +54,8 @@ def mlp_step(mlp: Weights, magnitude_scale: float, g, p, m, v, factored) -> jax.
 
 
 def mean_square(p: jax.Array) -> jax.Array:
-    # not p * p: XLA would share that with the statistics of the MLP, and store it
-    return 4.0 * jnp.mean(jnp.square(0.5 * p))
+    # a barrier, or XLA would share the squares with the statistics of the MLP, and store them
+    return jnp.mean(jnp.square(lax.optimization_barrier(p)))
 
 
 def parameter_scale(mean_square: jax.Array) -> jax.Array:
@@ -64,16 +63,20 @@ def parameter_scale(mean_square: jax.Array) -> jax.Array:
     return jnp.sqrt(mean_square + 1e-9)
 
 
-def moments(m: jax.Array, v: jax.Array) -> jax.Array:
-    """[8]: the mean of `v` and of its square, of every momentum the mean and the variance."""
+def moments(old: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+    """[8]: the mean of `v` and of its square, of every momentum the mean and the variance.
+
+    One pass, so there are no means to subtract yet: those of `old`, these moments one step before,
+    do as well against cancellation.
+    """
     if v.ndim == 1:
         m, v = m[:, None], v[:, None]
-    axes = tuple(range(1, m.ndim))
-    mean_m = jnp.mean(m, axes)
-    deviations = [jnp.square(x - mean) for x, mean in zip(m, mean_m, strict=True)]
-    mean_squares = _sum_last((v[0], v[0] * v[0], *deviations))
-    mean_v, mean_v2, *var_m = [jnp.mean(x) / v.shape[-1] for x in mean_squares]
-    return jnp.stack([mean_v, mean_v2, *mean_m, *var_m])
+    pivots = old[2 : 2 + len(m)]
+    shifted = [x - pivot for x, pivot in zip(m, pivots, strict=True)]
+    sums = jnp.stack(sum_last((v[0], v[0] * v[0], *shifted, *(x * x for x in shifted))))
+    means = jnp.mean(sums, axis=tuple(range(1, sums.ndim))) / v.shape[-1]
+    of_v, shift, square = jnp.split(means, (2, 2 + len(m)))
+    return jnp.concatenate([of_v, pivots + shift, jnp.maximum(0.0, square - shift * shift)])
 
 
 def statistics(mean_squares: jax.Array, moments: jax.Array, shapes: list[Shape]) -> jax.Array:
@@ -195,25 +198,33 @@ class Velo:
 
         def update(updates, state, params=None, **extra_args):
             base.check_update(self, params)
+            updates = jax.tree.map(jnp.asarray, updates)
             loss = base.require_value(self, extra_args)
-            grads, single = clipped(updates, self.gradient_clip), base.float32(params)
+            clip, single = self.gradient_clip, base.float32(params)
             tensors, treedef = jax.tree.flatten(single)
             leaves = lambda *trees: zip(*map(treedef.flatten_up_to, trees), strict=True)  # noqa: E731
 
             mlps, factors, watched = self._plan(theta, horizon, loss, state, tensors)
-            accumulators = accumulators_update(state.accumulators, grads)
+            accumulators = accumulators_update(state.accumulators, updates, clip)
             steps = [
-                factor * mlp_step(mlp, self.magnitude_scale, *leaf)
+                factor * mlp_step(mlp, self.magnitude_scale, clip, *leaf)
                 for mlp, factor, leaf in zip(
-                    mlps, factors, leaves(grads, single, *accumulators), strict=True
+                    mlps, factors, leaves(updates, single, *accumulators), strict=True
                 )
             ]
             updates = jax.tree.map(
                 lambda u, p: u.astype(jnp.result_type(p)), treedef.unflatten(steps), params
             )
-            found = [moments(*leaf) for leaf in leaves(accumulators.momentum, accumulators.rms)]
+            found = [
+                moments(old, *leaf)
+                for old, leaf in zip(
+                    whole(state.moments),
+                    leaves(accumulators.momentum, accumulators.rms),
+                    strict=True,
+                )
+            ]
             found = jnp.asarray(found).reshape(len(tensors), MOMENTS)
-            found = scheduler.placed_as(found, state.moments)
+            found = placed_as(found, state.moments)
             count = optax.safe_increment(state.count)
             return updates, VeloState(count, watched, accumulators, found)
 
@@ -224,7 +235,7 @@ class Velo:
         scheduler.
         """
         plan, n = theta["scheduler"], len(tensors)
-        old, old_moments = scheduler.whole((state.scheduler, state.moments))
+        old, old_moments = whole((state.scheduler, state.moments))
         squares = jnp.asarray([mean_square(p) for p in tensors])
         of_tensors = statistics(squares, old_moments, [p.shape for p in tensors])
         of_run, losses = scheduler.run_features(old.losses, loss, state.count, horizon)
@@ -243,7 +254,7 @@ class Velo:
         mlps = [{name: w[i] for name, w in mixed.items()} for i in range(n)]
         new = scheduler.SchedulerState(losses, old.lstm if self.stateless_lstm else lstm)
         factors = list(-self.step_size * multipliers * scales)
-        return mlps, factors, scheduler.placed_as(new, state.scheduler)
+        return mlps, factors, placed_as(new, state.scheduler)
 
 
-EXAMPLES = (Velo(lstm=8, bank=3),)
+EXAMPLES = (Velo(lstm=8, bank=4),)

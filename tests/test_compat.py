@@ -7,14 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_adafac_nominal
+import test_mlp_lopt
+import test_nn_adam
+import test_rnn_mlp
+import test_velo
+import trajectories
 from safetensors.numpy import save_file
-from trajectories import SHARED
 
+import learned_opt
 from learned_opt import compat, discovery, msgpack
 from learned_opt.celo2 import Celo2
 from learned_opt.small_fc import SmallFC
 
-CHECKPOINTS = SHARED / "checkpoints"
+CHECKPOINTS = trajectories.SHARED / "checkpoints"
 
 
 def numbers(seed, *shape):
@@ -181,13 +187,46 @@ def test_damaged_msgpack_is_an_error_and_no_crash():
             continue
 
 
+def recorded(name):
+    return trajectories.load(trajectories.GOLDEN / f"{name}.npz")
+
+
+# rule -> a tag of its recorded trajectories, and the theta that follows them
+RECORDED = {
+    "mlp_lopt": ("mlp_perturbed", test_mlp_lopt.theta_of),
+    "nn_adam": ("perturbed", test_nn_adam.theta_of),
+    "adafac_nominal": ("perturbed", test_adafac_nominal.theta_of),
+    "rnn_mlp": ("perturbed", test_rnn_mlp.theta_of),
+    "velo": (
+        "hyperv2_l16_p8_perturbed",
+        lambda tag: test_velo.theta_of(recorded("velo"), tag),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_the_thetas_of_recorded_trajectories(name, tmp_path):
+    """Written as flax would, under the names of the published implementations."""
+    (tag, theta_of), tree = RECORDED[name], {}
+    for path, leaf in trajectories.under(recorded(name), f"{tag}/theta|").items():
+        *parents, last = path.split("|")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    (tmp_path / "theta").write_bytes(flax.serialization.msgpack_serialize(tree))
+    rule, theta = compat.read_published([tmp_path / "theta"], discovery.members(learned_opt)[name])
+    want = theta_of(tag)
+    assert jax.tree.structure(theta) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, theta, want)
+    rule.optimizer(theta, 100)  # fits
+
+
 @pytest.mark.parametrize("name", ["celo", "celo_adam"])
 def test_released_checkpoints(name):
     file = CHECKPOINTS / f"{name}.theta.state"
     if not file.is_file():
         pytest.skip("the released weights are not here")
-    import learned_opt
-
     cls = discovery.members(learned_opt)[name]
     rule, theta = compat.read_published([file], cls)
     assert rule == cls.published()

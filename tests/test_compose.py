@@ -244,3 +244,21 @@ def test_long_lists_of_paths_are_cut():
 def test_wrong_arguments_are_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_nnx_with_accumulated_gradients():
+    """optax.MultiSteps under nnx.Optimizer, which takes every tuple in a state for a tree of its
+    own kind.
+    """
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    rule = SmallFC()
+    inner = optax.MultiSteps(rule.optimizer(rule.init(jax.random.key(0))), 2)
+    optimizer = nnx.Optimizer(model, inner.gradient_transformation(), wrt=nnx.Param)
+    before = jax.tree.map(jnp.copy, nnx.state(model))
+    loss, grads = nnx.value_and_grad(lambda model: jnp.mean(model(jnp.ones((2, 4))) ** 2))(model)
+    moved = []
+    for _ in range(2):
+        optimizer.update(model, grads, value=loss)
+        moved.append(float(jnp.max(jnp.abs(model.kernel[...] - before.kernel[...]))))
+    assert moved[0] == 0.0
+    assert moved[1] > 0.0

@@ -58,16 +58,16 @@ def test_floors_and_flops_by_hand(optimizer, floor, state, flops):
 
 
 def test_a_slow_transformation_measures_slower_than_adam():
-    """Some 25 times, by computing alone: it moves a third of Adam's bytes."""
+    """Some hundred times, by computing alone: it moves a third of Adam's bytes."""
 
     def update(updates, state, params=None):
         def body(_, g):
             return jnp.sin(g) + 1e-3 * g
 
-        return jax.tree.map(lambda g: jax.lax.fori_loop(0, 2000, body, g), updates), state
+        return jax.tree.map(lambda g: jax.lax.fori_loop(0, 20_000, body, g), updates), state
 
     found = measure(optax.GradientTransformation(lambda params: optax.EmptyState(), update))
-    assert found.step_ratio_quartiles[0] > 3
+    assert found.step_ratio_to_adam > 3
     assert found.bytes_floor_per_param == 8
 
 
