@@ -125,3 +125,6 @@ class SmallFC:
 
 
 EXAMPLES = (SmallFC(hidden=4),)
+# ELO's weights (arXiv 2506.10315, PyLO) are of this rule, with fixed decays; weight decay and
+# schedule are the user's
+CONFIGURATIONS = {"elo": SmallFC(hidden=32, initial="random")}

@@ -5,13 +5,16 @@ decay and bias moved, the published step size 1e-3). Five fixed gradients per pr
 scalar, ties between axes, zero and huge gradients.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import trajectories
 
 from learned_opt.features import factored_axes
 from learned_opt.small_fc import SmallFC
@@ -127,3 +130,47 @@ def test_small_fc_follows_the_published_trajectory(mode, tag, problem):
             assert_close(
                 np.squeeze(accumulators.col[name], axes[0] + 1), want_of("v_col"), 1e-5, name
             )
+
+
+MULO = trajectories.GOLDEN / "mulo.npz"
+# of the matrices whose width grows, 1 / fan-in; the fixture's own multipliers
+MULTIPLIERS = {"mlp/~/linear_1|w": 0.25, "conv|w": 0.125, "scale|s": 0.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class MuSmallFC:
+    """small_fc under maximal-update parametrization: its updates scaled leaf by leaf."""
+
+    step_size: float
+    clip: bool
+
+    def optimizer(self, theta, horizon):
+        before = [optax.clip_by_global_norm(1.0)] if self.clip else []
+        scale = optax.stateless(
+            lambda updates, params: {k: MULTIPLIERS.get(k, 1.0) * u for k, u in updates.items()}
+        )
+        rule = SmallFC(step_size=self.step_size)
+        chain = optax.chain(*before, rule.optimizer(theta, horizon), scale)
+        return optax.with_extra_args_support(chain)
+
+
+@pytest.mark.parametrize("problem", trajectories.PROBLEMS)
+@pytest.mark.parametrize(
+    ("mode", "tag", "rule"),
+    [
+        ("jit", "mulo", MuSmallFC(1e-3, clip=False)),
+        *((mode, "mulo_step1", MuSmallFC(1.0, clip=False)) for mode in trajectories.MODES),
+        ("jit", "mulo_clip", MuSmallFC(1e-2, clip=True)),
+    ],
+)
+def test_mu_small_fc_follows_the_published_trajectory(mode, tag, rule, problem):
+    golden = trajectories.load(MULO)
+    leaves = trajectories.under(golden, f"{tag}/theta|")
+    mlp = {k.removeprefix("nn|~|"): leaf for k, leaf in leaves.items() if k.startswith("nn")}
+    decays = {name: leaves[name] for name in ("momentum_decays", "rms_decays")}
+    theta = {"mlp": mlp, **decays, "factored_decays": leaves["adafactor_decays"]}
+    theta = jax.tree.map(jnp.asarray, theta)
+    params, grads, losses = trajectories.inputs(golden, problem)
+    visited, _ = trajectories.run(mode, rule, theta, None, params, grads, losses)
+    want = trajectories.published(golden, tag, problem, params)
+    trajectories.assert_follows(visited, params, want)
