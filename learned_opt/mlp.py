@@ -19,15 +19,16 @@ import numpy as np
 from jax import lax
 from jax.tree_util import Partial
 
+# A feature is a product; a factor is an array or a function of single elements with its arrays.
 Weights = dict[str, jax.Array]
 Factor = jax.Array | Partial
 Feature = tuple[Factor, ...]
 Values = tuple[jax.Array, ...]
 Shape = tuple[int, ...]
 
-NARROW = 8
-BLOCK = 8192
-CHAINS = 4
+NARROW = 8  # units: wider layers are matrix products
+BLOCK = 8192  # elements of a tensor whose hidden units fit in the cache
+CHAINS = 4  # of additions that go on side by side
 
 
 def mlp_init(key: jax.Array, sizes: Sequence[int]) -> Weights:
