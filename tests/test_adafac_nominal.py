@@ -46,7 +46,7 @@ RULES = {
 }
 
 # the variants differ in arithmetic alone, so that one mode will do
-RUNS = [(mode, tag) for mode in trajectories.MODES for tag in ("step1", "full")]
+RUNS = trajectories.runs(("full", "step1"))
 RUNS += [("jit", tag) for tag in ("perturbed", "pooled", "sgd", "sgdm", "aggmo")]
 
 

@@ -53,8 +53,7 @@ def follow(mode, golden, tag, problem):
 
 
 @pytest.mark.parametrize("problem", trajectories.PROBLEMS)
-@pytest.mark.parametrize("tag", RULES)
-@pytest.mark.parametrize("mode", trajectories.MODES)
+@pytest.mark.parametrize(("mode", "tag"), trajectories.runs(RULES))
 def test_follows_the_published_trajectory(mode, tag, problem, golden):
     params, visited, state = follow(mode, golden, tag, problem)
     want = trajectories.published(golden, tag, problem, params)

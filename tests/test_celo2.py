@@ -53,8 +53,7 @@ def published_params(params, directions):
     return visited
 
 
-@pytest.mark.parametrize("tag", RULES)
-@pytest.mark.parametrize("mode", trajectories.MODES)
+@pytest.mark.parametrize(("mode", "tag"), trajectories.runs(RULES))
 def test_follows_the_published_trajectory(mode, tag):
     rule = dataclasses.replace(RULES[tag], step_size=LEARNING_RATE)
     params, grads, losses, directions = recorded(tag)

@@ -63,8 +63,7 @@ def theta_of(tag):
 
 
 @pytest.mark.parametrize("problem", trajectories.PROBLEMS)
-@pytest.mark.parametrize("tag", RULES)
-@pytest.mark.parametrize("mode", trajectories.MODES)
+@pytest.mark.parametrize(("mode", "tag"), trajectories.runs(RULES))
 def test_follows_the_published_trajectory(mode, tag, problem):
     golden = trajectories.load(GOLDEN)
     rule, theta = RULES[tag], theta_of(tag)

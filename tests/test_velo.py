@@ -64,8 +64,7 @@ def follow(mode, golden, tag, problem):
 
 
 @pytest.mark.parametrize("problem", trajectories.PROBLEMS)
-@pytest.mark.parametrize("tag", RULES)
-@pytest.mark.parametrize("mode", trajectories.MODES)
+@pytest.mark.parametrize(("mode", "tag"), trajectories.runs(RULES))
 def test_follows_the_published_trajectory(mode, tag, problem):
     golden = golden_of(tag)
     params, visited, state = follow(mode, golden, tag, problem)

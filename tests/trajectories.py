@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared" / "golden"
@@ -89,6 +90,17 @@ def run(mode, rule, theta, horizon, params, grads, losses):
 
 
 MODES = ("plain", "jit", "scan", "vmap")
+
+
+def runs(tags):
+    """(mode, tag): every tag jitted, one in every mode; the others are slow tests."""
+    first, slow = next(iter(tags)), pytest.mark.slow
+    quick = lambda mode, tag: mode == "jit" or tag == first  # noqa: E731
+    return [
+        pytest.param(mode, tag, marks=() if quick(mode, tag) else slow, id=f"{mode}-{tag}")
+        for mode in MODES
+        for tag in tags
+    ]
 
 
 def assert_close(got, want, tolerance, name):
