@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import learned_opt
 from learned_opt import artifact, base, discovery
 from learned_opt.hyperparams import Hyperparams
+from learned_opt.small_fc import SmallFC
 
 RULES = discovery.examples(learned_opt)
 HORIZON = 10
@@ -299,7 +300,18 @@ def unroll(rule, theta):
     return jnp.stack([loss(params), jnp.sum(moved)])
 
 
-@for_each_rule
+@pytest.mark.parametrize(
+    "rule",
+    # compiling a gradient through a rule takes long: two in the quick suite, all in the slow one
+    [
+        pytest.param(
+            rule,
+            marks=() if isinstance(rule, (SmallFC, Hyperparams)) else pytest.mark.slow,
+            id=discovery.name_of(type(rule)),
+        )
+        for rule in RULES
+    ],
+)
 def test_meta_gradient(rule):
     """Against central differences along the gradient and along random directions.
 
