@@ -1,6 +1,7 @@
 """The inner problem: training a sampled task with the rule, a truncation at a time."""
 
 import dataclasses
+import typing
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -13,15 +14,17 @@ from tasks.base import TaskFamily, train_step
 
 Key = jax.Array
 State = Any
+Objective = Literal["mean", "final", "mean_valid", "final_valid"]
 
 
 class Rollout(NamedTuple):
-    """What an unroll shows: `losses` [K] by inner step, `done` (bool) if the episode ended with the
-    last of them.
+    """What an unroll shows: `losses` [K] by inner step, whose mean over an episode is its loss;
+    `done` (bool) if the episode ended with the last of them; `diverged` (bool) if the run was lost.
     """
 
     losses: jax.Array
     done: jax.Array
+    diverged: bool | jax.Array = False
 
 
 class InnerProblem(Protocol):
@@ -34,9 +37,11 @@ class InnerProblem(Protocol):
     @property
     def windows(self) -> int: ...
 
-    def reset(self, theta: Theta, key: Key, first: bool | jax.Array = False) -> State:
-        """The start of an episode. A `first` episode may be cut short, so that particles get out of
-        phase.
+    def reset(
+        self, theta: Theta, key: Key, episode: int | jax.Array = 0, stagger: bool = False
+    ) -> State:
+        """The start of an episode, the `episode`-th of its particle, which a curriculum may look
+        at. If `stagger`, episode 0 may be cut short, so that particles get out of phase.
         """
         ...
 
@@ -63,11 +68,17 @@ class TrainingState(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """Trains tasks of `family` with `rule`, `truncation` steps at a time; losses are normalised
-    training losses.
+    """Trains tasks of `family` with `rule`, `truncation` steps at a time; losses are normalised.
 
-    `horizon` is the number of steps of an episode, or a range (low, high) from which it is drawn
-    log-uniformly; always a multiple of `truncation`, so that episodes end between truncations.
+    Args:
+      horizon: the number of steps of an episode, or a range (low, high) from which it is drawn
+        log-uniformly; always a multiple of `truncation`, so that episodes end between truncations.
+      remat: keep only the inner state of every step for backpropagation.
+      objective: what an episode's loss is: the "mean" over its steps of the training loss, on the
+        batch of the step and before it; the "final" one of these, at the horizon; or of the loss on
+        a batch of the validation split after the step, "mean_valid" and "final_valid".
+      curriculum: number of a particle's episodes over which the upper end of the horizon's range
+        grows, geometrically, from low to high.
     """
 
     family: TaskFamily
@@ -75,8 +86,15 @@ class Training:
     horizon: int | tuple[int, int] = dataclasses.field(metadata={"static": True})
     truncation: int = dataclasses.field(metadata={"static": True})
     remat: bool = dataclasses.field(default=False, metadata={"static": True})
+    objective: Objective = dataclasses.field(default="mean", metadata={"static": True})
+    curriculum: int = dataclasses.field(default=0, metadata={"static": True})
 
     def __post_init__(self):
+        if self.objective not in typing.get_args(Objective):
+            known = ", ".join(map(repr, typing.get_args(Objective)))
+            raise ValueError(f"`objective` must be one of {known}, got {self.objective!r}")
+        if self.curriculum < 0:
+            raise ValueError(f"`curriculum` must be at least 0, got {self.curriculum}")
         if self.truncation < 1:
             raise ValueError(f"`truncation` must be at least 1, got {self.truncation}")
         low, high = self.range
@@ -98,13 +116,21 @@ class Training:
         """Truncations in the longest episode."""
         return self.range[1] // self.truncation
 
-    def reset(self, theta: Theta, key: Key, first: bool | jax.Array = False) -> TrainingState:
+    def reset(
+        self, theta: Theta, key: Key, episode: int | jax.Array = 0, stagger: bool = False
+    ) -> TrainingState:
         task_key, init_key, horizon_key, phase_key = jax.random.split(key, 4)
         low, high = (n // self.truncation for n in self.range)
+        if self.curriculum:
+            grown = jnp.minimum(episode / self.curriculum, 1.0)
+            high = jnp.floor(low * (high / low) ** grown + 1e-4)
         # floor of a log-uniform variable on [low, high + 1): every multiple has its share
-        log = jax.random.uniform(horizon_key, minval=np.log(low), maxval=np.log(high + 1))
-        windows = jnp.clip(jnp.exp(log).astype(jnp.int32), low, high)
-        end = jnp.where(first, jax.random.randint(phase_key, (), 1, windows + 1), windows)
+        log = jax.random.uniform(horizon_key, minval=np.log(low), maxval=jnp.log(high + 1.0))
+        windows = jnp.clip(jnp.exp(log), low, high).astype(jnp.int32)
+        end = windows
+        if stagger:
+            phase = jax.random.randint(phase_key, (), 1, windows + 1)
+            end = jnp.where(jnp.equal(episode, 0), phase, windows)
         horizon = windows * self.truncation
         params = self.family(task_key).init(init_key)
         return TrainingState(
@@ -120,24 +146,36 @@ class Training:
         task = self.family(jax.random.wrap_key_data(state.task))
         optimizer = self.rule.optimizer(theta, state.horizon)
 
+        def loss_on(split, params, key):
+            return task.normalize(task.loss(params, task.batch(key, split)))
+
         def step(carry, key):
             batch = task.batch(key, "train")
             params, opt_state, loss = train_step(task, optimizer, carry[0], carry[1], batch)
-            return (params, opt_state), task.normalize(loss)
+            loss = task.normalize(loss)
+            if self.objective == "mean_valid":
+                loss = loss_on("valid", params, jax.random.fold_in(key, 1))
+            return (params, opt_state), loss
 
         body = jax.checkpoint(step) if self.remat else step
-        (params, opt_state), losses = lax.scan(
-            body, (state.params, state.opt_state), jax.random.split(key, self.truncation)
-        )
-        count = state.step + self.truncation
+        keys = jax.random.split(key, self.truncation)
+        (params, opt_state), losses = lax.scan(body, (state.params, state.opt_state), keys)
+        count, last = state.step + self.truncation, losses[-1]
+        if self.objective in ("final", "final_valid"):
+            if self.objective == "final_valid":
+                last = loss_on("valid", params, jax.random.fold_in(keys[-1], 1))
+            # the mean over the episode is the last loss; one that is cut short has none
+            final = jnp.where(count == state.horizon, state.horizon * last, 0.0)
+            losses = jnp.zeros_like(losses).at[-1].set(final)
         state = state._replace(params=params, opt_state=opt_state, step=count)
-        return Rollout(losses, count >= state.end), state
+        # normalised losses are 2 for what is lost
+        return Rollout(losses, count >= state.end, last >= 2.0), state
 
 
 def episode_loss(
-    problem: InnerProblem, theta: Theta, key: Key, objective: Literal["mean", "final"] = "mean"
+    problem: InnerProblem, theta: Theta, key: Key, episode: int | jax.Array = 0
 ) -> jax.Array:
-    """Loss of one whole episode from its reset: the mean over its steps, or the last step's.
+    """Mean loss of one whole episode from its reset.
 
     Each window is rematerialised when differentiated, so memory holds one state per window and one
     window's steps.
@@ -148,12 +186,11 @@ def episode_loss(
     def window(carry, key):
         state, done, loss = carry
         rollout, new = problem.unroll(theta, state, key)
-        seen = jnp.sum(rollout.losses) if objective == "mean" else rollout.losses[-1]
-        loss = jnp.where(done, loss, loss + seen if objective == "mean" else seen)
+        loss = jnp.where(done, loss, loss + jnp.sum(rollout.losses))
         steps = jnp.where(done, 0, len(rollout.losses))
         state = jax.tree.map(lambda old, fresh: jnp.where(done, old, fresh), state, new)
         return (state, done | rollout.done, loss), steps
 
-    start = (problem.reset(theta, reset_key), jnp.zeros((), bool), jnp.zeros(()))
+    start = (problem.reset(theta, reset_key, episode), jnp.zeros((), bool), jnp.zeros(()))
     (_, _, loss), steps = lax.scan(window, start, jax.random.split(unroll_key, problem.windows))
-    return loss / jnp.sum(steps) if objective == "mean" else loss
+    return loss / jnp.sum(steps)

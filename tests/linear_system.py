@@ -20,7 +20,7 @@ class State(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class LinearSystem:
     """x_0 = 0, x_t = A x_{t-1} + theta, loss c.x_t: at every step, or (`terminal`) at the last
-    alone.
+    alone (the mean over the episode is then c.x_T / T).
     """
 
     horizon: int = dataclasses.field(metadata={"static": True})
@@ -43,8 +43,9 @@ class LinearSystem:
     def weights(self) -> np.ndarray:
         return 1.0 + np.arange(self.size, dtype=np.float32)
 
-    def reset(self, theta, key, first=False):
-        end = jnp.where(first, jax.random.randint(key, (), 1, self.windows + 1), self.windows)
+    def reset(self, theta, key, episode=0, stagger=False):
+        phase = jax.random.randint(key, (), 1, self.windows + 1)
+        end = jnp.where(jnp.equal(episode, 0) & stagger, phase, self.windows)
         return State(jnp.zeros_like(theta), jnp.zeros((), jnp.int32), end * self.truncation)
 
     def unroll(self, theta, state, key):

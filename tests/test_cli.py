@@ -69,7 +69,7 @@ def test_every_command_has_complete_help_with_an_example(command, capsys):
         (["--clip", "inf"], "`clip` must be positive"),
         (["--seed", "-1"], "`seed` must be at least 0"),
         (["--task", "conv_net(data='wine')"], "image"),
-        (["--estimator", "full_bptt(objective='avg')"], "`objective` must be"),
+        (["--curriculum", "-1"], "`curriculum` must be at least 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

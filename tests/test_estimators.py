@@ -12,7 +12,6 @@ from linear_system import LinearSystem
 import meta_train.estimators
 from learned_opt import discovery
 from meta_train.estimators.base import combine, partition
-from meta_train.estimators.bptt import FullBPTT
 from meta_train.estimators.full_es import FullES
 from meta_train.estimators.nres import NRES
 from meta_train.estimators.pes import PES
@@ -93,18 +92,6 @@ def test_pes_is_truncated_es_when_an_episode_is_one_window():
     np.testing.assert_allclose(*grads, rtol=2e-4)  # differences of losses of ~100 at sigma 0.01
 
 
-@pytest.mark.parametrize("objective", ["mean", "final"])
-@pytest.mark.parametrize("cls", [FullES, FullBPTT])
-def test_objectives_of_whole_episodes(cls, objective):
-    problem, theta = LinearSystem(20, 5, size=2), jnp.ones(2)
-    estimator = cls(problem, particles=2000, objective=objective)
-    mean, error = mean_gradient(estimator, theta)
-    a, c = problem.matrix().astype(float), problem.weights()
-    final = sum(c @ np.linalg.matrix_power(a, k) for k in range(20))
-    expected = final if objective == "final" else problem.gradient(truncated=False)
-    assert np.all(np.abs(mean - expected) <= 4.5 * error + 1e-4 * np.abs(expected))
-
-
 @pytest.mark.parametrize("example", ESTIMATORS, ids=IDS)
 def test_a_partition_of_the_particles_gives_the_same_estimates(example):
     """In one process; tests/test_remote.py does it over Ray."""
@@ -148,10 +135,7 @@ def test_impossible_fields_are_refused(cls, field):
         cls(**{field: 0})
 
 
-def test_impossible_objectives_and_fractions_of_particles_are_refused():
-    for cls in (FullES, FullBPTT):
-        with pytest.raises(ValueError, match="`objective` must be 'mean' or 'final', got 'avg'"):
-            cls(objective="avg")
+def test_fractions_of_particles_are_refused():
     with pytest.raises(ValueError, match=r"`particles` must be an integer, got 2.5"):
         NRES(particles=2.5)
 

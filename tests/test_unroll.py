@@ -60,7 +60,7 @@ def test_horizons_are_log_uniform_multiples_and_first_episodes_are_cut_short():
         assert abs(np.mean(windows == n) - share) < 4 * np.sqrt(share * (1 - share) / 4000)
 
     fixed = Training(Quadratic(dimension=2), Hyperparams(), 80, 10)
-    first = jax.jit(jax.vmap(lambda k: fixed.reset(theta, k, True)))(keys)
+    first = jax.jit(jax.vmap(lambda k: fixed.reset(theta, k, 0, True)))(keys)
     assert np.all(np.asarray(first.horizon) == 80)
     counts = np.bincount(np.asarray(first.end) // 10, minlength=9)[1:]
     assert np.all(np.abs(counts / 4000 - 1 / 8) < 4 * np.sqrt(1 / 8 * 7 / 8 / 4000))

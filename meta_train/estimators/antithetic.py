@@ -51,7 +51,7 @@ def init(estimator: base.ParticleEstimator, theta: Theta, key: base.Key) -> Pair
     def particle(key):
         zero = jax.tree.map(jnp.zeros_like, theta)
         inner = empty_like(
-            lambda: on_both(theta, zero, lambda t: estimator.problem.reset(t, key, True))
+            lambda: on_both(theta, zero, lambda t: estimator.problem.reset(t, key, 0, True))
         )
         return Pair(inner, zero, jnp.ones((), bool), jnp.zeros((), jnp.int32))
 
@@ -70,8 +70,7 @@ def estimate(
         noise_key, reset_key, unroll_key = jax.random.split(key, 3)
         new = base.normal_like(noise_key, theta, estimator.sigma)
         noise, credit = carry(pair.noise, new, pair.fresh)
-        first = pair.episodes == 0
-        begun = on_both(theta, noise, lambda t: problem.reset(t, reset_key, first))
+        begun = on_both(theta, noise, lambda t: problem.reset(t, reset_key, pair.episodes, True))
         inner = base.select(pair.fresh, begun, pair.inner)
         rollout, inner = on_both(theta, noise, lambda t, s: problem.unroll(t, s, unroll_key), inner)
         losses = jnp.mean(rollout.losses, axis=1)

@@ -80,12 +80,6 @@ def check_particles(estimator: ParticleEstimator) -> None:
         raise ValueError(f"`particles` must be at least 1, got {estimator.particles}")
 
 
-def check_objective(objective: str) -> None:
-    """Raises ValueError unless it is one that `episode_loss` knows."""
-    if objective not in ("mean", "final"):
-        raise ValueError(f"`objective` must be 'mean' or 'final', got {objective!r}")
-
-
 def over_particles(estimator: ParticleEstimator, function: Callable, key: Key, *states: Any) -> Any:
     """`function(key of the particle, *its states)` for all particles, stacked on a leading axis."""
     indices = estimator.first_particle + jnp.arange(estimator.particles)

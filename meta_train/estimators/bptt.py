@@ -1,7 +1,7 @@
 """Backpropagation through the inner training, truncated or whole."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ class TruncatedBPTT:
 
             def loss(theta):
                 # the reset is inside: an initial state that depends on theta has its gradient
-                begun = self.problem.reset(theta, reset_key, run.episodes == 0)
+                begun = self.problem.reset(theta, reset_key, run.episodes, True)
                 start = base.select(run.fresh, begun, run.inner)
                 rollout, inner = self.problem.unroll(theta, start, unroll_key)
                 return jnp.mean(rollout.losses), (rollout.done, inner)
@@ -59,20 +59,15 @@ class TruncatedBPTT:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FullBPTT:
-    """Exact gradient of a whole episode's mean or final loss. For short horizons: long ones are
-    chaotic.
-    """
+    """Exact gradient of a whole episode's loss. For short horizons: long ones are chaotic."""
 
     truncated: ClassVar[bool] = False
     backpropagates: ClassVar[bool] = True
     problem: InnerProblem = base.UNBOUND
     particles: int = base.static(16)
-    objective: Literal["mean", "final"] = base.static("mean")
     first_particle: int | jax.Array = 0
 
-    def __post_init__(self):
-        base.check_particles(self)
-        base.check_objective(self.objective)
+    __post_init__ = base.check_particles
 
     @property
     def unrolls(self) -> int:
@@ -83,7 +78,7 @@ class FullBPTT:
 
     def estimate(self, theta: Theta, state: None, key: base.Key) -> tuple[base.Estimate, None]:
         def particle(key):
-            loss = lambda t: episode_loss(self.problem, t, key, self.objective)  # noqa: E731
+            loss = lambda t: episode_loss(self.problem, t, key)  # noqa: E731
             value, grad = jax.value_and_grad(loss)(theta)
             return base.Estimate(grad, value, {})
 

@@ -1,9 +1,7 @@
-"""Full evolution strategies: each estimate runs whole episodes, so any functional of the losses has
-an unbiased gradient.
-"""
+"""Full evolution strategies: each estimate runs whole episodes."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax
 
@@ -15,8 +13,8 @@ from meta_train.unroll import InnerProblem, episode_loss
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FullES:
-    """Unbiased for the smoothed mean or final loss of an episode. Carries nothing; costs an episode
-    per estimate.
+    """Unbiased for the smoothed loss of an episode. Carries nothing; costs an episode per
+    estimate.
     """
 
     truncated: ClassVar[bool] = False
@@ -24,12 +22,9 @@ class FullES:
     problem: InnerProblem = base.UNBOUND
     particles: int = base.static(16)
     sigma: float = base.static(0.01)
-    objective: Literal["mean", "final"] = base.static("mean")
     first_particle: int | jax.Array = 0
 
-    def __post_init__(self):
-        antithetic.check(self)
-        base.check_objective(self.objective)
+    __post_init__ = antithetic.check
 
     @property
     def unrolls(self) -> int:
@@ -43,9 +38,7 @@ class FullES:
             noise_key, episode_key = jax.random.split(key)
             noise = base.normal_like(noise_key, theta, self.sigma)
             losses = antithetic.on_both(
-                theta,
-                noise,
-                lambda t: episode_loss(self.problem, t, episode_key, self.objective),
+                theta, noise, lambda t: episode_loss(self.problem, t, episode_key)
             )
             return antithetic.gradient(losses, noise, self.sigma)
 

@@ -25,7 +25,7 @@ def init_trajectory(estimator: base.ParticleEstimator, theta: Theta, key: base.K
     """Particles that are about to begin their first episode."""
 
     def particle(key):
-        inner = antithetic.empty_like(lambda: estimator.problem.reset(theta, key, True))
+        inner = antithetic.empty_like(lambda: estimator.problem.reset(theta, key, 0, True))
         return Trajectory(inner, jnp.ones((), bool), jnp.zeros((), jnp.int32))
 
     return base.over_particles(estimator, particle, key)
@@ -62,7 +62,7 @@ class TruncatedES:
         def particle(key, run):
             noise_key, reset_key, unroll_key = jax.random.split(key, 3)
             noise = base.normal_like(noise_key, theta, self.sigma)
-            begun = self.problem.reset(theta, reset_key, run.episodes == 0)
+            begun = self.problem.reset(theta, reset_key, run.episodes, True)
             start = base.select(run.fresh, begun, run.inner)
 
             def perturbed(sign):

@@ -15,7 +15,7 @@ from learned_opt import discovery
 from learned_opt.base import LearnedOptimizer
 from meta_train.estimators.base import ParticleEstimator
 from meta_train.outer_loop import outer_optimizer
-from meta_train.unroll import Training
+from meta_train.unroll import Objective, Training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,10 @@ class Recipe:
     """Inner steps of an episode: the range from which it is drawn log-uniformly."""
     truncation: int = 50
     """Inner steps per estimate; horizons are multiples of it."""
+    objective: Objective = "mean"
+    """Loss of an episode: mean, final, mean_valid or final_valid."""
+    curriculum: int = 0
+    """Episodes of a particle over which the upper end of `horizon` grows from the lower one."""
     outer_steps: int = 1000
     """Steps on theta."""
     learning_rate: float = 3e-3
@@ -66,7 +70,9 @@ class Recipe:
         members = discovery.members(meta_train.estimators)
         estimator = discovery.build("estimator", self.estimator, members)
         rule, remat = self.build_rule(), estimator.backpropagates
-        problem = Training(family, rule, self.horizon, self.truncation, remat)
+        problem = Training(
+            family, rule, self.horizon, self.truncation, remat, self.objective, self.curriculum
+        )
         return dataclasses.replace(estimator, problem=problem)
 
     def build_optimizer(self) -> optax.GradientTransformation:
