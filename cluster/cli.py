@@ -13,6 +13,7 @@ import jax
 import tyro
 
 import meta_train.recipes
+from cluster.devices import one_per_core
 from learned_opt import discovery
 from meta_train.recipes.base import Recipe
 from tasks.data import cache_directory
@@ -163,9 +164,9 @@ class Cost:
     """File to write the figures to."""
 
     def run(self) -> None:
-        from cluster import jobs
+        from cluster import cost
 
-        jobs.cost(self.rules, self.params, self.seconds, self.json)
+        cost.run(self.rules, self.params, self.seconds, self.json)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     # SIGTERM is how clusters stop jobs: checkpoint as for Ctrl-C
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    one_per_core()
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "jax"))
     command = None

@@ -4,8 +4,6 @@ checkpoints and resume.
 
 import hashlib
 import importlib.metadata
-import json
-import math
 import os
 import platform
 import time
@@ -16,10 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -33,18 +28,17 @@ import learned_opt
 import tasks
 from cluster import run_directory
 from evaluation import benchmark
-from evaluation import cost as update_cost
-from evaluation.atomic import replacing
 from evaluation.baselines import BASELINES, GROUPS
 from evaluation.report import render, table
 from evaluation.results import load as load_results
 from evaluation.results import save as save_results
 from learned_opt import artifact, compat, discovery
-from learned_opt.base import LearnedOptimizer
+from meta_train import preflight
 from meta_train.checkpoint import Checkpoints
-from meta_train.estimators.base import ParticleEstimator, partition
+from meta_train.estimators.base import diagnostics, partition
 from meta_train.estimators.compiled import Compiled
-from meta_train.outer_loop import MetaState, meta_train, start
+from meta_train.memory import available_bytes
+from meta_train.outer_loop import MetaState, burn_in, meta_train, start
 from meta_train.recipes.base import Recipe
 from tasks import suites
 from tasks.suites import SUITES
@@ -101,21 +95,25 @@ def run(
     )
     if workers:
         partition(estimator, workers)
-    _trace(estimator, rule)
+    preflight.check(estimator, rule, _available_bytes(workers, address))
     with (
         open_estimator(estimator, workers, address) as spread,
         run_directory.opened(directory, recipe),
         closing(Checkpoints(directory / run_directory.CHECKPOINTS)) as checkpoints,
     ):
+        began = time.perf_counter()
         state = start(rule, spread, optimizer, recipe.seed)
         if checkpoints.latest() is not None:
             state = checkpoints.restore(state)
             console.print(f"resuming at outer step {int(state.step)}")
+        elif recipe.burn_in:
+            with progress("burn-in", recipe.burn_in) as advance:
+                state = burn_in(spread, state, recipe.burn_in, advance)
         with (
             closing(run_directory.MetricsLog(directory, int(state.step))) as log,
             progress("meta-training", recipe.outer_steps, int(state.step)) as advance,
         ):
-            began = time.perf_counter() - log.seconds
+            began -= log.seconds
 
             def on_step(step, estimate, norm):
                 loss = float(estimate.loss)
@@ -124,7 +122,7 @@ def run(
                     loss=loss,
                     grad_norm=float(norm),
                     seconds=round(time.perf_counter() - began, 3),
-                    **{name: float(value) for name, value in estimate.info.items()},
+                    **diagnostics(estimate, estimator.particles),
                 )
                 advance(f"meta-loss {loss:.3f}")
 
@@ -134,15 +132,14 @@ def run(
         return export(directory, recipe, state, path)
 
 
-def _trace(estimator: ParticleEstimator, rule: LearnedOptimizer) -> None:
-    """Traces a reset and an unroll, so that a task and a rule that do not fit fail at once."""
-    key = jax.random.key(0)
-    theta = jax.eval_shape(rule.init, key)
-
-    def unroll(problem, theta):
-        return problem.unroll(theta, problem.reset(theta, key), key)
-
-    jax.eval_shape(unroll, estimator.problem, theta)
+def _available_bytes(workers: int, address: str | None) -> int | None:
+    """Memory for all particles; None where they are spread over machines of which nothing is
+    known.
+    """
+    if address is not None:
+        return None
+    # local workers run on the processors and share this machine
+    return available_bytes(jax.local_devices(backend="cpu") if workers else jax.local_devices())
 
 
 def export(directory: Path, recipe: Recipe, state: MetaState, path: Path) -> Path:
@@ -150,11 +147,11 @@ def export(directory: Path, recipe: Recipe, state: MetaState, path: Path) -> Pat
     metrics = run_directory.read_metrics(directory)
     estimator = recipe.build_estimator()
     per_step = estimator.particles * estimator.unrolls * recipe.truncation
-    losses = [line["loss"] for line in metrics[-50:] if math.isfinite(line["loss"])]
+    losses = [line["loss"] for line in metrics[-50:] if line["loss"] is not None]
     card = {
         "recipe": vars(recipe),
         "outer_steps": int(state.step),
-        "inner_steps": int(state.step) * per_step,
+        "inner_steps": (int(state.step) + recipe.burn_in) * per_step,
         "meta_loss": sum(losses) / len(losses) if losses else None,
         "seconds": metrics[-1]["seconds"] if metrics else None,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
@@ -191,7 +188,7 @@ def convert(files: tuple[Path, ...], name: str, licence: str | None, path: Path)
     rules = discovery.members(learned_opt)
     # a bare class is sized by the weights, a rule with fields is taken at its word
     rule = rules[name] if name in rules else discovery.build("rule", name, rules)
-    _check_writable("out", path)
+    run_directory.check_writable("out", path)
     rule, theta = compat.read_published(files, rule)
     checksums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     learned_opt.save(path, rule, theta, {"converted_from": checksums, "licence": licence})
@@ -265,111 +262,6 @@ def _families(suite: str) -> dict[str, Any]:
     return {suite: discovery.build("task", suite, members)}
 
 
-def cost(names: tuple[str, ...], counts: str, seconds: float, path: Path | None) -> None:
-    """Measures updates of rules and artifacts by name, of all rules when there is no name; prints
-    the table, writes the JSON file `path`: {name: {parameter count: fields of `Cost`}}.
-
-    Raises:
-      ValueError, OSError: before any work. Of all rules, one that cannot take a plain step is left
-        out and named.
-    """
-    sizes = _parameter_counts(counts)
-    if not 0 < seconds < math.inf:
-        raise ValueError(f"`seconds` must be positive, got {seconds}")
-    if path is not None:
-        _check_writable("json", path)
-    optimizers, left_out = _contestants(names, sizes)
-    # Adam against itself shows the noise of the machine
-    optimizers = {"optax.adam": optax.adam(1e-3), **optimizers}
-    found = {name: {} for name in optimizers}
-    with progress("measuring", len(optimizers) * len(sizes)) as advance:
-        for size in sizes:
-            for name, optimizer in optimizers.items():
-                try:
-                    found[name][size] = update_cost.measure(optimizer, size, seconds)
-                except jax.errors.JaxRuntimeError as error:  # most often there is no memory
-                    left_out[f"{name} at {size}"] = _first_line(error)
-                advance(name)
-    console.print(update_cost.table(found), soft_wrap=False)
-    for name, reason in left_out.items():
-        console.print(f"not measured: {escape(f'{name}: {reason}')}")
-    if path is not None:
-        del found["optax.adam"]
-        plain = {
-            name: {size: measured._asdict() for size, measured in by_size.items()}
-            for name, by_size in found.items()
-        }
-        with replacing(path) as file:
-            file.write(json.dumps(plain, allow_nan=False, indent=1).encode())
-        console.print(f"wrote {path}")
-
-
-def _contestants(names: tuple[str, ...], sizes: list[int]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Optimizers by name, each of which can be traced at all sizes; and when there is no name and
-    all rules are meant, why others cannot.
-    """
-    optimizers, left_out = {}, {}
-    for name in names or discovery.members(learned_opt):
-        try:
-            optimizer = _optimizer(name)
-            for size in sizes:
-                update_cost.check(optimizer, size)
-            optimizers[name] = optimizer
-        except Exception as error:  # whatever a rule raises
-            expected = isinstance(error, (ValueError, TypeError, OSError))
-            left_out[name] = _first_line(error) if expected else repr(error)
-            if names:
-                raise ValueError(left_out[name] if expected else f"{name}: {error!r}") from error
-    return optimizers, left_out
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _parameter_counts(text: str) -> list[int]:
-    """Whole numbers of a list such as "1e6,1e7", each once."""
-    counts = []
-    for part in text.split(","):
-        try:
-            count = float(part)
-        except ValueError:
-            count = math.nan
-        if not (4 <= count <= 1e12 and count.is_integer()):
-            raise ValueError(
-                f"`params` must be whole numbers from 4 to 1e12, such as 1e6,1e7, got '{part}'"
-            )
-        counts.append(int(count))
-    return list(dict.fromkeys(counts))
-
-
-def _check_writable(argument: str, path: Path) -> None:
-    """Raises OSError if the file could not be written; makes nothing."""
-    if path.is_dir():
-        raise IsADirectoryError(f"`{argument}` {path} is a directory: name a file in it")
-    nearest = next(folder for folder in path.absolute().parents if folder.exists())
-    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
-        raise PermissionError(f"`{argument}` {path} cannot be written in {nearest}")
-
-
-def _optimizer(name: str) -> optax.GradientTransformation:
-    """The optimizer that a rule's spec or an artifact's name or path describes, for 1000 steps."""
-    rules = discovery.members(learned_opt)
-    if name.partition("(")[0].strip() in rules:
-        rule = discovery.build("rule", name, rules)
-        # as trained ones, no number is zero: XLA would drop a bias of zeros
-        theta = jax.tree.map(
-            lambda leaf: leaf + 1e-3 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
-            rule.init(jax.random.key(0)),
-        )
-    elif Path(name).is_file() or name in artifact.pretrained():
-        rule, theta, _ = artifact.read(name)
-    else:
-        known = [*rules, *artifact.pretrained()]
-        raise ValueError(discovery.unknown("rule or artifact", name, known))
-    return rule.optimizer(theta, 1000)
-
-
 def report(directory: Path) -> Path:
     """Writes report.html from the results.json, and the metrics.jsonl if there is one, of a
     directory.
@@ -381,7 +273,12 @@ def report(directory: Path) -> Path:
     if not results.is_file():
         raise FileNotFoundError(f"{directory} holds no {results.name}: run learned-opt evaluate")
     path = directory / run_directory.REPORT
-    render(load_results(results), path, metrics=run_directory.read_metrics(directory) or None)
+    metrics, truncation = run_directory.read_metrics(directory), None
+    if metrics:
+        recipe = run_directory.read_recipe(directory)
+        # a final loss is that of an episode, not of a window
+        truncation = None if recipe.objective.startswith("final") else recipe.truncation
+    render(load_results(results), path, metrics=metrics, truncation=truncation)
     return path
 
 

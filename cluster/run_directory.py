@@ -3,7 +3,9 @@ report.html. Nothing is a pickle.
 """
 
 import json
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,15 @@ def write(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def check_writable(argument: str, path: Path) -> None:
+    """Raises OSError if the file could not be written; makes nothing."""
+    if path.is_dir():
+        raise IsADirectoryError(f"`{argument}` {path} is a directory: name a file in it")
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        raise PermissionError(f"`{argument}` {path} cannot be written in {nearest}")
+
+
 def read_recipe(directory: Path) -> Recipe:
     """The recipe of a run.
 
@@ -109,6 +120,12 @@ def event_writer(directory: Path) -> Any | None:
     return SummaryWriter(str(directory / EVENTS))
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, Sequence):
+        return [_finite(item) for item in value]
+    return value if value is not None and math.isfinite(value) else None
+
+
 class MetricsLog:
     """Appends one line per outer step. Opening it drops the lines of steps that will be run
     again.
@@ -121,11 +138,16 @@ class MetricsLog:
         self._file = (directory / METRICS).open("a", buffering=1)
         self._events = event_writer(directory)
 
-    def write(self, step: int, **values: float) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+    def write(self, step: int, **values: float | Sequence[float | None] | None) -> None:
+        """Numbers that are not finite become null, which JSON has; TensorBoard gets what is left of
+        the scalars.
+        """
+        known = {name: _finite(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **known}, allow_nan=False) + "\n")
         if self._events:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+            for name, value in known.items():
+                if isinstance(value, float | int):
+                    self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._file.close()

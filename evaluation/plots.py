@@ -117,28 +117,6 @@ def profile(results: Results) -> Figure:
     return figure
 
 
-def meta_training(metrics: Sequence[Mapping[str, Any]]) -> Figure:
-    """Meta-loss over outer steps, raw and averaged, from the records of metrics.jsonl."""
-    records = [r for r in metrics if r.get("loss") is not None]
-    steps, losses = (np.array([r[k] for r in records], np.float64) for k in ("step", "loss"))
-    window = max(1, len(losses) // 30)
-    # Each point averages the window before it, fewer at the start.
-    totals = np.cumsum(np.concatenate([np.zeros(1), losses]))
-    starts = np.maximum(np.arange(1, len(losses) + 1) - window, 0)
-    average = (totals[1:] - totals[starts]) / (np.arange(1, len(losses) + 1) - starts)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.0, 2.8), layout="constrained")
-        panel = figure.subplots()
-        panel.plot(steps, losses, color="#b9d7ea", linewidth=0.8, label="each outer step")
-        label = f"mean of the last {window}"
-        panel.plot(steps, average, color="#0072B2", linewidth=2, label=label)
-        panel.set_xlabel("outer step")
-        panel.set_yscale("log")
-        panel.set_ylabel("meta-loss")
-        figure.legend(loc="outside right center", frameon=False)
-    return figure
-
-
 def svg(figure: Figure) -> str:
     """A figure as an <svg> element to be placed in HTML, free of every outside address."""
     buffer = io.StringIO()

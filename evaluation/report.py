@@ -8,7 +8,7 @@ from typing import Any
 import rich.box
 import rich.table
 
-from evaluation import plots
+from evaluation import plots, training_plots
 from evaluation.atomic import replacing
 from evaluation.results import Results
 from evaluation.stats import iqm
@@ -64,11 +64,14 @@ def render(
     path: str | Path,
     *,
     metrics: Sequence[Mapping[str, Any]] | None = None,
+    truncation: int | None = None,
 ) -> None:
     """Writes the report to `path`: one HTML file without scripts, needing no network.
 
     Args:
-      metrics: records of metrics.jsonl with `step` and `loss`, for the meta-training curve.
+      metrics: records of metrics.jsonl with `step` and `loss`, and what else there is, see
+        `training_plots`.
+      truncation: inner steps of a window of `loss_by_window`, which is left out without it.
     """
     sections = [
         _header(results),
@@ -95,9 +98,8 @@ def render(
     if metrics:
         sections += [
             "<h2>Meta-training</h2>",
-            plots.svg(plots.meta_training(metrics)),
-            "<p class=note>The loss that meta-training lowers, on its training tasks; lower is "
-            "better.</p>",
+            plots.svg(training_plots.meta_training(metrics, truncation)),
+            f"<p class=note>{_reading_training(metrics, truncation)}</p>",
         ]
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>Optimizer evaluation</title>'
@@ -213,6 +215,23 @@ def _reading(results: Results) -> str:
         "Time per step: whole training steps on this machine in alternation with Adam, mean and "
         "range over tasks, above 1x is slower.</p>"
     )
+
+
+def _reading_training(metrics: Sequence[Mapping[str, Any]], truncation: int | None) -> str:
+    explained = {
+        "loss": "Meta-loss: what meta-training lowers, on its training tasks; lower is better.",
+        "loss_by_window": "Loss by inner step: where in an episode it is lowered; each point is "
+        "the mean over the window that ends there, and late steps are of long episodes alone.",
+        "gradient_snr": "Signal to noise: the squared norm of the meta-gradient by the variance of "
+        "its estimate; about 1 is noise alone, and more particles help.",
+        "effective_sample_size": "Effective sample size: how many particles count, when a few "
+        "large loss differences dwarf the others.",
+        "diverged": "Diverged: the share of particles whose inner run was lost.",
+    }
+    if truncation is None:
+        del explained["loss_by_window"]
+    told = [text for key, text in explained.items() if any(r.get(key) is not None for r in metrics)]
+    return " ".join(told)
 
 
 def _per_task(results: Results) -> str:

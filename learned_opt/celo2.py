@@ -40,13 +40,14 @@ def _newton_schulz(x: jax.Array) -> jax.Array:
     """The quintic iteration of Muon, on the smaller of the two Gram matrices."""
     a, b, c = NEWTON_SCHULZ
     tall = x.shape[-2] > x.shape[-1]
-    x = jnp.matrix_transpose(x) if tall else x
     # not a norm, whose gradient at zero is not a number
     x = x * lax.rsqrt(jnp.sum(x * x, AXES, keepdims=True) + 1e-16)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ jnp.matrix_transpose(x)
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return jnp.matrix_transpose(x) if tall else x
+        # the same polynomial from the side that is small
+        gram = jnp.matrix_transpose(x) @ x if tall else x @ jnp.matrix_transpose(x)
+        polynomial = b * gram + c * (gram @ gram)
+        x = a * x + (x @ polynomial if tall else polynomial @ x)
+    return x
 
 
 def unit_rms(x: jax.Array) -> jax.Array:
@@ -189,6 +190,7 @@ class Celo2:
             shape=g.shape,
             epsilon=1e-9,
             axes=AXES,
+            stored=True,
         )
         if self.orthogonalise and g.ndim > 1:
             direction = orthogonalise(direction)

@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import difflib
 import importlib
+import math
 import pkgutil
 import re
 from types import ModuleType
@@ -106,6 +107,8 @@ def _build(kind: str, node: ast.expr, known: dict[str, Any]) -> Any:
 def _value(kind: str, node: ast.expr, known: dict[str, Any]) -> Any:
     if isinstance(node, ast.Call):
         return _build(kind, node, known)
+    if isinstance(node, ast.Name) and node.id == "inf":  # as `repr` writes it
+        return math.inf
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError):

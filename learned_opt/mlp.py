@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.tree_util import Partial
 
 # A feature is a product; a factor is an array or a function of single elements with its arrays.
@@ -27,6 +28,7 @@ Values = tuple[jax.Array, ...]
 Shape = tuple[int, ...]
 
 NARROW = 8  # units: wider layers are matrix products
+VECTOR = 16  # elements that the widest registers hold
 BLOCK = 8192  # elements of a tensor whose hidden units fit in the cache
 CHAINS = 4  # of additions that go on side by side
 
@@ -65,6 +67,7 @@ def mlp_per_parameter(
     epsilon: float,
     axes: tuple[int, ...] | None = None,
     pooled: int = 0,
+    stored: bool = False,
 ) -> list[jax.Array]:
     """A ReLU MLP applied to every element of a tensor.
 
@@ -80,13 +83,14 @@ def mlp_per_parameter(
       axes: where the mean square is taken, negative numbers; None: over the whole tensor. Axes that
         the tensor does not have are left out.
       pooled: of how many outputs, the last ones, only the mean over the tensor is wanted.
+      stored: the outputs are read more than once, and are not to be computed by each reader.
 
     Returns:
       The outputs, each of `shape`, the pooled ones scalars.
     """
     if not shape:
         features = jax.tree.map(lambda x: x[:, None], features)
-        found = mlp_per_parameter(theta, features, shared, (1,), epsilon, axes, pooled)
+        found = mlp_per_parameter(theta, features, shared, (1,), epsilon, axes, pooled, stored)
         return [x.reshape(()) for x in found]
     arrays, structure = jax.tree.flatten(features)
     places = {id(array): array for array in arrays}
@@ -94,12 +98,13 @@ def mlp_per_parameter(
     axes = tuple(range(-len(shape), 0)) if axes is None else axes
     axes = tuple(axis for axis in axes if axis >= -len(shape))
     return _mlp(
-        theta, list(places.values()), shared, order, structure, shape, epsilon, axes, pooled
-    )
+        theta, list(places.values()), shared,
+        order, structure, shape, epsilon, axes, pooled, stored,
+    )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=range(3, 9))
-def _mlp(theta, arrays, shared, order, structure, shape: Shape, epsilon, axes: Shape, pooled: int):
+@functools.partial(jax.jit, static_argnums=range(3, 10))
+def _mlp(theta, arrays, shared, order, structure, shape, epsilon, axes, pooled: int, stored: bool):
     rank = len(shape)
     features: Sequence[Feature] = structure.unflatten([arrays[i] for i in order])
     # What the statistics and the MLP both compute XLA would compute once, and store. They share
@@ -116,23 +121,94 @@ def _mlp(theta, arrays, shared, order, structure, shape: Shape, epsilon, axes: S
         part = np.broadcast_shapes(*(factor.shape[1:] for factor in value))
         (whole if part == shape else small.setdefault(part, [])).append(i)
     parts = [_column(theta["b0"] + shared @ weights_of_shared, rank)]
+    layers = [(theta[f"w{i}"], theta[f"b{i}"]) for i in range(1, len(theta) // 2)]
+    wide = _widest(theta["b0"], layers) > NARROW
+    spread: list[tuple[jax.Array, jax.Array]] = []
     for group in small.values():
         x = jnp.concatenate([product(values[i]) for i in group])
         # repeated along the axes it lacks, it has the mean square of the small array
         x = x * lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + epsilon)
-        w = jnp.concatenate([weights[i] for i in group])
-        parts.append(jnp.sum(_column(w, rank) * x[:, None], axis=0))
-    scale = lax.rsqrt(_mean_squares([watched[i] for i in whole], axes) + epsilon)
-    w = _column(jnp.concatenate([weights[i] for i in whole]), rank) * scale[:, None]
+        spread.append((x, jnp.concatenate([weights[i] for i in group])))
+    if not wide:
+        parts += [jnp.tensordot(w.T, x, 1) for x, w in spread]
+        spread = []
+    features, watched = [features[i] for i in whole], [watched[i] for i in whole]
+    w = jnp.concatenate([weights[i] for i in whole])
+    merged = shape if wide else merged_shape(shape, axes)
+    if merged != shape:
+        features, watched = (_merge_features(f, shape, merged) for f in (features, watched))
+        parts = [jnp.broadcast_to(_total(parts), (len(parts[0]), *shape)).reshape(-1, *merged)]
+        axes = axes[rank - len(merged) :]
+    run = functools.partial(_on_whole, shape=merged, axes=axes, epsilon=epsilon, pooled=pooled)
+    # as part of another loop the merged one would take that one's shape
+    run = _apart(run) if stored or merged != shape else run
+    found = run(parts, features, watched, w, spread, layers)
+    return [x.reshape(shape) if i < len(found) - pooled else x for i, x in enumerate(found)]
 
-    wide = max(b.shape[-1] for name, b in theta.items() if name.startswith("b")) > NARROW
-    layers = [(theta[f"w{i}"], theta[f"b{i}"]) for i in range(1, len(theta) // 2)]
-    if wide:
-        return _blocked(parts, w, [features[i] for i in whole], layers, shape, pooled)
-    channels = [tuple(map(_value, c)) for i in whole for c in _channels(features[i])]
+
+def _widest(units: jax.Array, layers: list[tuple[jax.Array, jax.Array]]) -> int:
+    return max(map(len, (units, *(bias for _, bias in layers))))
+
+
+def _apart(function: Callable) -> Callable:
+    """The function as a computation of its own, that XLA neither inlines nor fuses with others."""
+
+    @jax.jit
+    def body(*args):
+        with set_xla_metadata(inlineable="true"):  # what it calls in turn
+            return function(*args)
+
+    def call(*args):
+        with set_xla_metadata(inlineable="false"):
+            return body(*args)
+
+    return call
+
+
+def _on_whole(parts, features, watched, w, spread, layers, shape: Shape, axes, epsilon, pooled):
+    """The MLP on features as large as the tensor and on `spread`, pairs of smaller ones that are
+    normalised already and their weights; `parts` is what others add to the first layer.
+    """
+    scale = lax.rsqrt(_mean_squares(watched, axes) + epsilon)
+    w = _column(w, len(shape)) * scale[:, None]
+    if _widest(w[0], layers) > NARROW:
+        rows = [w, *(_column(v, len(shape)) for _, v in spread)]
+        rows = [jnp.broadcast_to(row, (*row.shape[:2], *w.shape[2:])) for row in rows]
+        features = [*features, *((x,) for x, _ in spread)]
+        return _blocked(parts, jnp.concatenate(rows), features, layers, shape, pooled)
+    channels = [tuple(map(_value, c)) for feature in features for c in _channels(feature)]
     outputs = _unrolled(parts, w, channels, layers, shape)
     kept = len(outputs) - pooled
     return [*outputs[:kept], *map(jnp.mean, outputs[kept:])]
+
+
+def merged_shape(shape: Shape, axes: Shape) -> Shape:
+    """`shape` with its last axes merged as long as the last one is too short to fill a vector and
+    both are among `axes`. XLA vectorises the innermost loop alone.
+    """
+    axes = tuple(sorted(axes))
+    while len(shape) > 1 and shape[-1] < VECTOR and axes[-2:] == (-2, -1):
+        shape, axes = (*shape[:-2], shape[-2] * shape[-1]), tuple(a + 1 for a in axes[:-1])
+    return shape
+
+
+def _merge_features(features: Sequence[Feature], shape: Shape, merged: Shape) -> list[Feature]:
+    """Features whose factors are all [channels, *merged]: those that only broadcast to `shape` are
+    multiplied out.
+    """
+
+    def of(feature: Feature) -> Feature:
+        full = lambda f: all(x.shape[1:] == shape for x in jax.tree.leaves(f))  # noqa: E731
+        spread = [_value(factor) for factor in feature if not full(factor)]
+        factors = jax.tree.map(
+            lambda x: x.reshape(len(x), *merged), tuple(f for f in feature if full(f))
+        )
+        if not spread:
+            return factors
+        x = product(spread)
+        return *factors, jnp.broadcast_to(x, (len(x), *shape)).reshape(-1, *merged)
+
+    return [of(feature) for feature in features]
 
 
 def _value(factor: Factor) -> jax.Array:
@@ -228,7 +304,7 @@ def _unrolled(parts, weights, channels, layers, shape: Shape) -> list[jax.Array]
         for column, start in zip(zip(*numbers(weights), strict=True), starts, strict=True)
     ]
     for matrix, bias in layers:
-        hidden = [jax.nn.relu(h) for h in hidden]
+        hidden = [_relu(h) for h in hidden]
         columns = zip(zip(*numbers(matrix), strict=True), *numbers(bias[None]), strict=True)
         hidden = [
             _total([h * w for h, w in zip(hidden, column, strict=True)] + [b])
@@ -250,6 +326,11 @@ def _(shape: Shape, primals, tangents):
     return _unrolled(*primals, shape), jax.jvp(multiplied, primals, tangents)[1]
 
 
+def _relu(x: jax.Array) -> jax.Array:
+    """Not jax.nn's, which is a call, and apart from its neighbours under `inlineable`."""
+    return lax.max(x, jnp.zeros((), x.dtype))
+
+
 def _total(terms: list[jax.Array]) -> jax.Array:
     """The sum, in CHAINS interleaved sums: in one, every addition waits for the one before."""
     chains = [
@@ -267,15 +348,16 @@ def _blocked(parts, weights, features, layers, shape: Shape, pooled: int) -> lis
 
     def block(cut: Callable[[jax.Array], jax.Array]) -> jax.Array:
         # neither channel by channel nor computed before it is cut: the loop's inputs are stored
-        blocks = [list(map(_value, jax.tree.map(cut, feature))) for feature in features]
-        xs = jnp.concatenate(list(map(product, blocks)))
+        blocks = [product(list(map(_value, jax.tree.map(cut, feature)))) for feature in features]
+        size = np.broadcast_shapes(*(x.shape[1:] for x in blocks))
+        xs = jnp.concatenate([jnp.broadcast_to(x, (len(x), *size)) for x in blocks])
         if weights.ndim == 2 or weights.size == math.prod(weights.shape[:2]):
             hidden = jnp.tensordot(weights.reshape(weights.shape[:2]).T, xs, 1)
         else:
             hidden = jnp.sum(cut(weights) * xs[:, None], axis=0)
         hidden = sum((cut(part) for part in parts), start=hidden)
         for matrix, bias in layers:
-            hidden = jnp.tensordot(matrix.T, jax.nn.relu(hidden), 1) + _column(bias, len(shape))
+            hidden = jnp.tensordot(matrix.T, _relu(hidden), 1) + _column(bias, len(shape))
         return hidden
 
     if rows >= shape[axis]:

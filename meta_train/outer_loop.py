@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from learned_opt.base import LearnedOptimizer, Theta
+from meta_train import interrupts
 from meta_train.checkpoint import Checkpoints
 from meta_train.estimators.base import Estimate, GradientEstimator
 
@@ -56,6 +57,26 @@ def start(
     return MetaState(theta, optimizer.init(theta), estimator.init(theta, particle_key), key, 0)
 
 
+def burn_in(
+    estimator: GradientEstimator,
+    state: MetaState,
+    estimates: int,
+    on_estimate: Callable[[], None] = lambda: None,
+) -> MetaState:
+    """The state before the first step after `estimates` estimates that are thrown away.
+
+    Theta stays as it is; the particles go on. About horizon / truncation estimates bring all of
+    them into running episodes, out of phase. `on_estimate()` is called after each, for progress.
+    """
+    particles = state.estimator_state
+    for i in range(estimates):
+        # numbers that no outer step has: their keys count up from 0
+        key = jax.random.fold_in(state.key, 2**32 - 1 - i)
+        _, particles = estimator.estimate(state.theta, particles, key)
+        on_estimate()
+    return state._replace(estimator_state=particles)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def outer_step(
     optimizer: optax.GradientTransformation, theta: Theta, opt_state: Any, grad: Theta
@@ -96,8 +117,10 @@ def meta_train(
             on_step(step, estimate, norm)
             state = MetaState(theta, opt_state, estimator_state, state.key, step + 1)
             if checkpoints and (step + 1) % checkpoint_every == 0:
-                checkpoints.save(step + 1, state)
+                with interrupts.deferred():
+                    checkpoints.save(step + 1, state)
     finally:
         if checkpoints:
-            checkpoints.save(int(state.step), state)
+            with interrupts.deferred():
+                checkpoints.save(int(state.step), state)
     return state

@@ -2,11 +2,12 @@
 
 import dataclasses
 import typing
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
 from jax import lax
 
 from learned_opt.base import LearnedOptimizer, Theta
@@ -119,18 +120,19 @@ class Training:
     def reset(
         self, theta: Theta, key: Key, episode: int | jax.Array = 0, stagger: bool = False
     ) -> TrainingState:
-        task_key, init_key, horizon_key, phase_key = jax.random.split(key, 4)
+        task_key, init_key, horizon_key = jax.random.split(key, 3)
         low, high = (n // self.truncation for n in self.range)
         if self.curriculum:
             grown = jnp.minimum(episode / self.curriculum, 1.0)
             high = jnp.floor(low * (high / low) ** grown + 1e-4)
+        length, phase = jax.random.uniform(horizon_key, (2,))
         # floor of a log-uniform variable on [low, high + 1): every multiple has its share
-        log = jax.random.uniform(horizon_key, minval=np.log(low), maxval=jnp.log(high + 1.0))
-        windows = jnp.clip(jnp.exp(log), low, high).astype(jnp.int32)
+        windows = jnp.floor(low * ((high + 1) / low) ** length)
+        windows = jnp.clip(windows, low, high).astype(jnp.int32)
         end = windows
         if stagger:
-            phase = jax.random.randint(phase_key, (), 1, windows + 1)
-            end = jnp.where(jnp.equal(episode, 0), phase, windows)
+            cut = 1 + jnp.floor(windows * phase).astype(jnp.int32)
+            end = jnp.where(jnp.equal(episode, 0), cut, windows)
         horizon = windows * self.truncation
         params = self.family(task_key).init(init_key)
         return TrainingState(
@@ -171,26 +173,61 @@ class Training:
         # normalised losses are 2 for what is lost
         return Rollout(losses, count >= state.end, last >= 2.0), state
 
+    def descend(
+        self, theta: Theta, state: TrainingState, key: Key, learning_rate: float
+    ) -> TrainingState:
+        """The state after one step of plain gradient descent on the task's training loss, whatever
+        the rule: the last step to a target of `estimators.bmg`.
+        """
+        del theta  # the loss of a task does not depend on it
+        task = self.family(jax.random.wrap_key_data(state.task))
+        optimizer = optax.sgd(learning_rate)
+        batch = task.batch(key, "train")
+        opt_state = optimizer.init(state.params)
+        params, _, _ = train_step(task, optimizer, state.params, opt_state, batch)
+        return state._replace(params=params)
+
+    def distance(self, target: TrainingState, state: TrainingState) -> jax.Array:
+        """Squared Euclidean distance of the params (scalar): where `estimators.bmg` descends."""
+        difference = optax.tree.sub(target.params, state.params)
+        return optax.tree.norm(difference, squared=True)
+
+
+# (step, carry, keys [windows]) -> the carry after step(carry, key) for each key
+Walk = Callable[[Callable[[Any, Key], Any], Any, jax.Array], Any]
+
+
+def in_a_row(step: Callable[[Any, Key], Any], carry: Any, keys: jax.Array) -> Any:
+    """Each window is rematerialised when differentiated, so memory holds one state per window and
+    one window's steps.
+    """
+    body = jax.checkpoint(lambda carry, key: (step(carry, key), None))
+    return lax.scan(body, carry, keys)[0]
+
 
 def episode_loss(
-    problem: InnerProblem, theta: Theta, key: Key, episode: int | jax.Array = 0
-) -> jax.Array:
-    """Mean loss of one whole episode from its reset.
-
-    Each window is rematerialised when differentiated, so memory holds one state per window and one
-    window's steps.
-    """
+    problem: InnerProblem,
+    theta: Theta,
+    key: Key,
+    episode: int | jax.Array = 0,
+    walk: Walk = in_a_row,
+) -> tuple[jax.Array, jax.Array]:
+    """Mean loss of one whole episode from its reset, and whether the run was lost in any window."""
     reset_key, unroll_key = jax.random.split(key)
 
-    @jax.checkpoint
     def window(carry, key):
-        state, done, loss = carry
+        state, done, diverged, loss, steps = carry
         rollout, new = problem.unroll(theta, state, key)
-        loss = jnp.where(done, loss, loss + jnp.sum(rollout.losses))
-        steps = jnp.where(done, 0, len(rollout.losses))
-        state = jax.tree.map(lambda old, fresh: jnp.where(done, old, fresh), state, new)
-        return (state, done | rollout.done, loss), steps
+        return (
+            jax.tree.map(lambda old, fresh: jnp.where(done, old, fresh), state, new),
+            done | rollout.done,
+            diverged | (~done & rollout.diverged),
+            jnp.where(done, loss, loss + jnp.sum(rollout.losses)),
+            jnp.where(done, steps, steps + len(rollout.losses)),
+        )
 
-    start = (problem.reset(theta, reset_key, episode), jnp.zeros((), bool), jnp.zeros(()))
-    (_, _, loss), steps = lax.scan(window, start, jax.random.split(unroll_key, problem.windows))
-    return loss / jnp.sum(steps)
+    no = jnp.zeros((), bool)
+    state = problem.reset(theta, reset_key, episode)
+    start = (state, no, no, jnp.zeros(()), jnp.zeros((), jnp.int32))
+    _, _, diverged, loss, steps = walk(window, start, jax.random.split(unroll_key, problem.windows))
+    return loss / steps, diverged

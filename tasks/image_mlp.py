@@ -27,14 +27,15 @@ class MLPTask:
     def init(self, key: Key) -> Params:
         sizes = (math.prod(self.data.inputs.shape[1:]), *self.hidden, self.data.classes)
         shapes = list(itertools.pairwise(sizes))
+        ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
+        # one draw: the generator is most of what there is to compile
+        draws = jnp.split(jax.random.normal(key, (ends[-1],)), ends[:-1])
         return {
             f"linear_{i}": {
-                "w": self.init_scale / math.sqrt(shape[0]) * jax.random.normal(layer_key, shape),
+                "w": self.init_scale / math.sqrt(shape[0]) * draw.reshape(shape),
                 "b": jnp.zeros(shape[1]),
             }
-            for i, (shape, layer_key) in enumerate(
-                zip(shapes, jax.random.split(key, len(shapes)), strict=True)
-            )
+            for i, (shape, draw) in enumerate(zip(shapes, draws, strict=True))
         }
 
     def batch(self, key: Key, split: Split) -> Batch:

@@ -3,6 +3,7 @@ evaluate.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -70,6 +71,14 @@ def test_every_command_has_complete_help_with_an_example(command, capsys):
         (["--seed", "-1"], "`seed` must be at least 0"),
         (["--task", "conv_net(data='wine')"], "image"),
         (["--curriculum", "-1"], "`curriculum` must be at least 0"),
+        (["--burn-in", "-1"], "`burn_in` must be at least 0, got -1"),
+        (
+            [
+                *("--rule", "hyperparams", "--estimator", "nres(particles=1000000)"),
+                *("--task", "image_mlp(data='digits', hidden=(1024,))"),
+            ],
+            "`particles` 1000000 need about",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -133,7 +142,7 @@ def wait_for_line(directory, count, process):
 
 
 def test_killed_interrupted_and_resumed_runs_end_bit_equal(tmp_path, capsys):
-    options = ["--outer-steps", "2000", "--checkpoint-every", "400"]
+    options = ["--outer-steps", "2000", "--checkpoint-every", "400", "--burn-in", "3"]
     run("meta-train", "--run-dir", tmp_path / "whole", *TINY, *options)
 
     directory = tmp_path / "broken"
@@ -160,13 +169,17 @@ def test_killed_interrupted_and_resumed_runs_end_bit_equal(tmp_path, capsys):
     )
     assert rules[0] == rules[1]
     jax.tree.map(np.testing.assert_array_equal, *thetas)
-    assert cards[0]["inner_steps"] == 2000 * 2 * 2 * 2
-    losses = [
-        [line["loss"] for line in run_directory.read_metrics(tmp_path / name)]
-        for name in ("whole", "broken")
-    ]
-    assert losses[0] == losses[1]
-    assert len(losses[0]) == 2000
+    assert cards[0]["inner_steps"] == (3 + 2000) * 2 * 2 * 2
+    whole, broken = (
+        [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+        for lines in (run_directory.read_metrics(tmp_path / name) for name in ("whole", "broken"))
+    )
+    assert whole == broken
+    assert [line["step"] for line in whole] == list(range(2000))
+    for line in whole:
+        assert {"loss", "grad_norm", "gradient_snr", "effective_sample_size"} < line.keys()
+        assert 0 <= line["diverged"] <= 1
+        assert len(line["loss_by_window"]) == 4
 
     assert list((directory / "tensorboard").glob("events.out.tfevents.*"))
 
@@ -216,7 +229,37 @@ def test_evaluate_writes_results_and_a_report(tmp_path, capsys):
     assert "<svg" in report.read_text()
     report.unlink()
     run("report", "--run-dir", tmp_path / "out")
-    assert report.exists()
+    assert "Loss by inner step" not in report.read_text()
+
+    # where a run is, its metrics are shown
+    row = {"loss": 0.5, "effective_sample_size": 3.0, "loss_by_window": [0.6, None]}
+    (tmp_path / "out" / "metrics.jsonl").write_text(json.dumps({"step": 0, **row}) + "\n")
+    for objective, shown in (("mean", True), ("final", False)):
+        recipe = Recipe(objective=objective)
+        (tmp_path / "out" / "config.json").write_text(recipe.to_json())
+        run("report", "--run-dir", tmp_path / "out")
+        assert ("Loss by inner step" in report.read_text()) is shown
+        assert "Effective sample size" in report.read_text()
+
+
+def test_metrics_are_json_whatever_happens(tmp_path, monkeypatch):
+    scalars = []
+
+    class Events:
+        def add_scalar(self, *values):
+            scalars.append(values)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(run_directory, "event_writer", lambda directory: Events())
+    log = run_directory.MetricsLog(tmp_path, 0)
+    log.write(7, loss=math.nan, snr=math.inf, ok=1.5, nothing=None, windows=[0.5, None, math.nan])
+    log.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    row = {"loss": None, "snr": None, "ok": 1.5, "nothing": None, "windows": [0.5, None, None]}
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 7, **row}
+    assert scalars == [("ok", 1.5, 7)]
 
 
 def test_a_run_without_workers_does_not_import_ray(tmp_path):

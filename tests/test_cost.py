@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from cluster import cli, jobs
+from cluster import cli
 from evaluation import cost
 from learned_opt.hyperparams import Hyperparams
 
@@ -183,7 +183,7 @@ class Picky:
 def test_of_all_rules_those_that_cannot_be_measured_are_left_out(tmp_path, monkeypatch, capsys):
     """Among them those for which there is no memory; a rule that is asked for is an error."""
     rules = {"picky": Picky, "hyperparams": Hyperparams}
-    monkeypatch.setattr(jobs.discovery, "members", lambda package: rules)
+    monkeypatch.setattr(cli.discovery, "members", lambda package: rules)
     err = run(capsys, "picky", code=2).err
     assert "error: picky: KeyError('smoothness')" in err
 

@@ -1,5 +1,7 @@
 """The outer loop and its checkpoints: exact optimum reached, poison survived, resume bit-equal."""
 
+import signal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +13,11 @@ from meta_train.checkpoint import Checkpoints
 from meta_train.estimators.base import Estimate
 from meta_train.estimators.compiled import Compiled
 from meta_train.estimators.nres import NRES
-from meta_train.outer_loop import MetaState, meta_train, outer_optimizer, start
+from meta_train.outer_loop import MetaState, burn_in, meta_train, outer_optimizer, start
 from meta_train.unroll import Training
 from tasks.quadratic import Quadratic
+
+HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
 class Bowl:
@@ -115,6 +119,35 @@ def test_an_interrupt_inside_the_estimate_loses_nothing(tmp_path, problem):
     assert np.all(np.isfinite(checkpoints.restore(state).theta["log_learning_rate"]))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_for_the_checkpoint_that_is_being_written(tmp_path, number):
+    """Orbax, interrupted, leaves threads at work that the same step's next save collides with."""
+    handlers = {n: signal.signal(n, signal.default_int_handler) for n in HANDLED}
+    written = []
+
+    class Interrupted(Checkpoints):
+        def save(self, step, state):
+            written.append(("begun", step))
+            if len(written) == 1:
+                signal.raise_signal(number)
+                signal.raise_signal(signal.SIGINT)  # somebody is impatient
+            super().save(step, state)
+            written.append(("done", step))
+
+    optimizer = outer_optimizer(0.1, 12)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            meta_train(
+                Bowl(), optimizer, state_of(jnp.zeros(3), optimizer), 12, Interrupted(tmp_path), 5
+            )
+        assert [signal.getsignal(n) for n in HANDLED] == [signal.default_int_handler] * 2
+    finally:
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
+    assert written == [(what, 5) for what in ("begun", "done") * 2]
+    assert Checkpoints(tmp_path).latest() == 5
+
+
 def test_one_program_for_all_steps(problem):
     """Hyperparams' theta is made of Python numbers: were it weakly typed, step 2 would compile."""
     estimator, optimizer = Compiled(NRES(problem, particles=3)), outer_optimizer(0.1, 4)
@@ -122,6 +155,38 @@ def test_one_program_for_all_steps(problem):
     types = [(x.dtype, x.weak_type) for x in jax.tree.leaves(state.theta)]
     final = meta_train(estimator, optimizer, state, 2)
     assert types == [(x.dtype, x.weak_type) for x in jax.tree.leaves(final.theta)]
+
+
+def test_burn_in_moves_the_particles_alone(problem):
+    """From one episode's start to different steps of running episodes, the same each time."""
+    estimator, optimizer = Compiled(NRES(problem, particles=3)), outer_optimizer(0.1, 12)
+    begin, calls = start(problem.rule, estimator, optimizer, seed=4), []
+    after, again = (
+        burn_in(estimator, begin, 8, on_estimate=lambda: calls.append(1)) for _ in range(2)
+    )
+    assert len(calls) == 16
+    for name in ("theta", "opt_state", "key", "step"):
+        assert getattr(after, name) is getattr(begin, name)
+    jax.tree.map(np.testing.assert_array_equal, after.estimator_state, again.estimator_state)
+    assert set(np.ravel(begin.estimator_state.inner.step)) == {0}
+    assert len(set(np.ravel(after.estimator_state.inner.step))) > 1
+    assert np.all(after.estimator_state.episodes >= 2)
+    assert burn_in(estimator, begin, 0).estimator_state is begin.estimator_state
+
+
+def test_burn_in_shares_no_randomness_with_the_steps():
+    keys = []
+
+    class Recording(Bowl):
+        def estimate(self, theta, state, key):
+            keys.append(tuple(np.asarray(jax.random.key_data(key))))
+            return super().estimate(theta, state, key)
+
+    optimizer = outer_optimizer(0.1, 5)
+    state = burn_in(Recording(), state_of(jnp.zeros(3), optimizer), 5)
+    assert state.estimator_state == 5
+    meta_train(Recording(), optimizer, state, 5)
+    assert len(set(keys)) == 10
 
 
 def test_checkpoints_keep_the_newest_and_refuse_others(tmp_path):

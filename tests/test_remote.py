@@ -10,7 +10,7 @@ import pytest
 from cluster.remote import Remote
 from meta_train.checkpoint import Checkpoints
 from meta_train.estimators.compiled import Compiled
-from meta_train.outer_loop import meta_train, start
+from meta_train.outer_loop import burn_in, meta_train, start
 from meta_train.recipes.base import Recipe
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -21,6 +21,7 @@ RECIPE = Recipe(
     estimator="pes(particles=5)",
     horizon=(8, 8),
     truncation=4,
+    burn_in=2,
     outer_steps=8,
     learning_rate=0.01,
 )
@@ -37,7 +38,7 @@ def ray_home(tmp_path_factory):
 
 def train(estimator, on_step=lambda *_: None):
     rule, optimizer = RECIPE.build_rule(), RECIPE.build_optimizer()
-    state = start(rule, estimator, optimizer, RECIPE.seed)
+    state = burn_in(estimator, start(rule, estimator, optimizer, RECIPE.seed), RECIPE.burn_in)
     return meta_train(estimator, optimizer, state, RECIPE.outer_steps, on_step=on_step)
 
 

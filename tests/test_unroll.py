@@ -1,6 +1,7 @@
 """The inner problem: what an unroll computes, when episodes end, and what failure looks like."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from meta_train.estimators.base import Estimate, mean_estimate
 from meta_train.estimators.bptt import FullBPTT, TruncatedBPTT
 from meta_train.estimators.pes import PES
 from meta_train.unroll import Training, episode_loss
-from tasks.base import train_step
+from tasks.base import relative_loss, train_step
 from tasks.quadratic import Quadratic
 
 KEY = jax.random.key(0)
@@ -45,6 +46,122 @@ def test_an_unroll_is_a_plain_training_loop():
         np.concatenate([r.losses for r in rollouts]), np.array(losses), rtol=1e-5
     )
     np.testing.assert_allclose(state.params, params, rtol=1e-5)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """A task whose splits have different targets."""
+
+    def init(self, key):
+        return jax.random.normal(key, (3,))
+
+    def batch(self, key, split):
+        target = {"train": 0.5, "valid": -0.5}[split]
+        return target + 0.1 * jax.random.normal(key, (3,))
+
+    def loss(self, params, batch):
+        return 0.1 * jnp.sum(jnp.square(params - batch))
+
+    def normalize(self, loss):
+        return relative_loss(loss, 1.0)
+
+
+def training(objective, horizon=(3, 6)):
+    return Training(lambda key: Splits(), Hyperparams(), horizon, 3, objective=objective)
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    """Of a short and a long episode: the key, the horizon, and by plain loops the losses on the
+    training batch of each step and on a validation batch after it.
+    """
+    problem, task, found = training("mean"), Splits(), {}
+    theta = problem.rule.init(KEY)
+    for seed in range(20):
+        key = jax.random.key(seed)
+        reset_key, unroll_key = jax.random.split(key)
+        state = problem.reset(theta, reset_key)
+        if (horizon := int(state.horizon)) in found:
+            continue
+        optimizer = problem.rule.optimizer(theta, horizon)
+        params, opt_state, trained, validated = state.params, state.opt_state, [], []
+        for window_key in jax.random.split(unroll_key, 2)[: horizon // 3]:
+            for k in jax.random.split(window_key, 3):
+                batch = task.batch(k, "train")
+                params, opt_state, loss = train_step(task, optimizer, params, opt_state, batch)
+                trained.append(float(loss))
+                batch = task.batch(jax.random.fold_in(k, 1), "valid")
+                validated.append(float(task.loss(params, batch)))
+        found[horizon] = (key, horizon, np.array(trained), np.array(validated))
+    return [found[3], found[6]]
+
+
+@pytest.mark.parametrize("objective", ["mean", "final", "mean_valid", "final_valid"])
+def test_the_loss_of_an_episode_is_its_objective(objective, episodes):
+    problem = training(objective)
+    theta = problem.rule.init(KEY)
+    unroll, loss_of = jax.jit(problem.unroll), jax.jit(partial(episode_loss, problem))
+    for key, horizon, trained, validated in episodes:
+        losses = validated if objective.endswith("valid") else trained
+        final = objective.startswith("final")
+        expected = losses[-1] if final else np.mean(losses)
+        np.testing.assert_allclose(loss_of(theta, key)[0], expected, rtol=1e-4)
+
+        reset_key, unroll_key = jax.random.split(key)
+        state = problem.reset(theta, reset_key)
+        for i, k in enumerate(jax.random.split(unroll_key, 2)[: horizon // 3]):
+            rollout, state = unroll(theta, state, k)
+            by_step = losses[3 * i : 3 * i + 3]
+            if final:
+                by_step = [0.0, 0.0, horizon * losses[-1] if 3 * i + 3 == horizon else 0.0]
+            np.testing.assert_allclose(rollout.losses, by_step, rtol=1e-4)
+        assert rollout.done
+
+
+def test_a_first_episode_that_is_cut_short_has_no_final_loss():
+    problem = training("final", horizon=6)
+    theta = problem.rule.init(KEY)
+    resets = (problem.reset(theta, jax.random.key(seed), 0, True) for seed in range(20))
+    state = next(state for state in resets if state.end < state.horizon)
+    rollout, _ = problem.unroll(theta, state, KEY)
+    assert rollout.done
+    np.testing.assert_array_equal(rollout.losses, np.zeros(3))
+
+
+def test_a_curriculum_grows_the_longest_horizon_geometrically():
+    problem = Training(Quadratic(dimension=2), Hyperparams(), (10, 160), 10, curriculum=4)
+    theta = problem.rule.init(KEY)
+    keys = jax.random.split(KEY, 1000)
+    reset = jax.jit(lambda episode: jax.vmap(lambda k: problem.reset(theta, k, episode))(keys))
+    horizons = np.array([reset(episode).horizon for episode in range(6)])
+    np.testing.assert_array_equal(horizons.min(axis=1), 10)
+    np.testing.assert_array_equal(horizons.max(axis=1), [10, 20, 40, 80, 160, 160])
+    assert np.all(horizons % 10 == 0)
+
+
+@pytest.mark.parametrize("objective", ["mean", "final_valid"])
+def test_an_unroll_says_that_its_run_is_lost(objective):
+    problem = training(objective, horizon=6)
+    theta = problem.rule.init(KEY)
+    unroll = jax.jit(problem.unroll)
+    for shift, lost in ((0.0, False), (60.0, True)):
+        moved = jax.tree.map(lambda x, s=shift: x + s, theta)
+        rollout, _ = unroll(moved, problem.reset(moved, KEY), KEY)
+        assert bool(rollout.diverged) is lost
+        assert np.all(np.isfinite(rollout.losses))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"objective": "best"}, "`objective` must be one of 'mean', 'final', .*, got 'best'"),
+        ({"curriculum": -1}, "`curriculum` must be at least 0, got -1"),
+    ],
+)
+def test_impossible_objectives_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Training(Quadratic(), Hyperparams(), 10, 5, **fields)
 
 
 def test_horizons_are_log_uniform_multiples_and_first_episodes_are_cut_short():
@@ -129,11 +246,11 @@ def test_backpropagation_agrees_with_finite_differences():
         problem = Training(Quadratic(dimension=3), Hyperparams(knots=3, learning_rate=0.05), 12, 4)
         theta = jax.tree.map(jnp.float64, problem.rule.init(KEY))
         estimator = FullBPTT(problem, particles=2)
-        estimate, _ = jax.jit(lambda t: estimator.estimate(t, None, KEY))(theta)
+        estimate, _ = jax.jit(lambda t: estimator.estimate(t, estimator.init(t, KEY), KEY))(theta)
 
         def loss(t):
             keys = [jax.random.fold_in(KEY, i) for i in range(2)]
-            return sum(episode_loss(problem, t, k) for k in keys) / 2
+            return sum(episode_loss(problem, t, k)[0] for k in keys) / 2
 
         loss = jax.jit(loss)
         (flat,) = jax.tree.leaves(estimate.grad)
@@ -163,7 +280,7 @@ def test_remat_changes_nothing():
     [
         (130, 50, "`horizon` must be a multiple of `truncation`, got 130 and 50"),
         ((50, 130), 50, "got 130 and 50"),
-        (20, 50, "got 20 and 50"),
+        (20, 50, "`horizon` must be a multiple of `truncation`, got 20 and 50"),
         ((100, 50), 50, r"`horizon` must be a range"),
         (50, 0, "`truncation` must be at least 1"),
     ],

@@ -1,17 +1,20 @@
-"""What a meta-gradient estimator is, and what all of them share: particles by global index, and
-means over them.
+"""What a meta-gradient estimator is, and what all of them share: particles by global index, means
+over them, and what these means tell about the estimate.
 """
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
+import numpy as np
 
 from learned_opt.base import Theta
+from meta_train import chunk
 from meta_train.unroll import InnerProblem
 
 Key = jax.Array
@@ -20,7 +23,7 @@ EstState = Any
 
 class Estimate(NamedTuple):
     """Mean over particles of the gradient (like theta), the loss (scalar) and named diagnostics
-    (scalars).
+    (scalars, or vectors over the windows of an episode), which `diagnostics` reads.
     """
 
     grad: Theta
@@ -43,8 +46,8 @@ class ParticleEstimator(GradientEstimator, Protocol):
     all randomness of a particle comes from its index, so the estimate does not depend on which
     process hosts which particle. Every array of the state has the particles as its leading axis.
     `truncated` declares the bias: the gradient is that of each window for a given start state, not
-    that of the episode. `backpropagates` tells the problem to rematerialise. `unrolls` counts the
-    unrolls that an estimate takes per particle.
+    that of the episode; a class that has another bias says so. `backpropagates` tells the problem
+    to rematerialise. `unrolls` counts the unrolls that an estimate takes per particle.
     """
 
     truncated: ClassVar[bool]
@@ -81,26 +84,48 @@ def check_particles(estimator: ParticleEstimator) -> None:
 
 
 def over_particles(estimator: ParticleEstimator, function: Callable, key: Key, *states: Any) -> Any:
-    """`function(key of the particle, *its states)` for all particles, stacked on a leading axis."""
+    """`function(key of the particle, *its states)` for all particles, stacked on a leading axis.
+
+    On CPUs as many particles at a time as a core's cache can hold.
+    """
     indices = estimator.first_particle + jnp.arange(estimator.particles)
     keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
-    return jax.vmap(function)(keys, *states)
+    if jax.default_backend() != "cpu":
+        return jax.vmap(function)(keys, *states)
+    return chunk.mapped(function, keys, *states)
 
 
 def mean_estimate(particles: Estimate) -> Estimate:
-    """Estimates stacked on a leading axis -> their mean.
+    """Estimates stacked on a leading axis -> their mean, and in `info` the mean `squared_norm` of
+    their gradients.
 
     A particle with a non-finite gradient (backpropagation through a diverged run) costs itself, not
-    the estimate: its gradient counts as zero.
+    the estimate: its gradient counts as zero. So does each diagnostic that is not finite, alone:
+    that the run diverged is still told.
     """
-    finite = [jnp.isfinite(x).reshape(len(x), -1).all(axis=1) for x in jax.tree.leaves(particles)]
+    leaves = jax.tree.leaves((particles.grad, particles.loss))
+    finite = [jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in leaves]
     good = jnp.stack(finite).all(axis=0)
 
     def zero_if_bad(x: jax.Array) -> jax.Array:
         return jnp.where(good.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0)
 
-    grad, info = jax.tree.map(zero_if_bad, (particles.grad, particles.info))
+    grad = jax.tree.map(zero_if_bad, particles.grad)
+    squares = [jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(grad)]
+    info = particles.info | {"squared_norm": sum(squares, start=jnp.zeros_like(particles.loss))}
+    info = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0.0), info)
     return jax.tree.map(lambda x: jnp.mean(x, axis=0), Estimate(grad, particles.loss, info))
+
+
+def by_window(problem: InnerProblem, window: jax.Array, loss: jax.Array) -> dict[str, jax.Array]:
+    """Diagnostics [windows] of a particle whose `window`-th window of the episode had mean loss
+    `loss`.
+    """
+    here = jnp.arange(problem.windows) == window
+    return {
+        "loss_by_window": jnp.where(here, loss, 0.0),
+        "share_by_window": here.astype(loss.dtype),
+    }
 
 
 def select(condition: jax.Array, yes: Any, no: Any) -> Any:
@@ -123,12 +148,18 @@ def partition(estimator: ParticleEstimator, parts: int) -> list[ParticleEstimato
     """The estimator's particles divided into `parts` contiguous ranges, as equal as possible.
 
     Raises:
-      ValueError: there are more parts than particles, or none.
+      ValueError: there are more parts than particles, or none; or the estimator compares all
+        particles and there is more than one part.
     """
     total = estimator.particles
     if not 1 <= parts <= total:
         raise ValueError(
             f"`parts` must be between 1 and the number of particles ({total}), got {parts}"
+        )
+    if parts > 1 and getattr(estimator, "shaping", None) == "rank":
+        raise ValueError(
+            "`shaping`='rank' compares all particles with each other, so it needs `workers` of at "
+            f"most 1, got {parts}; the other shapings work with any number"
         )
     bounds = [total * i // parts for i in range(parts + 1)]
     return [
@@ -147,3 +178,46 @@ def combine(estimates: Sequence[Estimate], particles: Sequence[int]) -> Estimate
         for estimate, n in zip(estimates, particles, strict=True)
     ]
     return jax.tree.map(lambda *xs: sum(xs[1:], start=xs[0]), *weighted)
+
+
+MOMENTS = {"squared_norm", "squared_difference", "fourth_difference"}
+BY_WINDOW = {"loss_by_window", "share_by_window"}
+
+
+def diagnostics(estimate: Estimate, particles: int) -> dict[str, Any]:
+    """What the means in `estimate.info` over all `particles` tell, as numbers for a log; None for
+    what they cannot tell (one particle has no spread).
+
+    `gradient_snr`: |mean gradient|^2 by the variance of that mean, estimated from the particles;
+    about 1 if there is nothing but noise. `effective_sample_size` (evolution strategies): how many
+    particles of equal loss difference are worth as much as these; few are, if a few differences
+    dwarf the rest. `loss_by_window`: the mean loss of the particles in each window of the episode.
+    Everything else in `info` is told as it is; `diverged` is the share of particles whose run was
+    lost.
+    """
+    info = {name: np.asarray(value, np.float64) for name, value in estimate.info.items()}
+    told: dict[str, Any] = {}
+    if "squared_norm" in info:
+        squared = float(info["squared_norm"])
+        leaves = [np.asarray(g, np.float64) for g in jax.tree.leaves(estimate.grad)]
+        signal = sum(float(np.sum(np.square(g))) for g in leaves)
+        # gradients that are all equal differ by rounding
+        spread = max(squared - signal, float(np.finfo(np.float32).eps) * squared)
+        told["gradient_snr"] = _ratio(signal * (particles - 1), spread) if particles > 1 else None
+    if info.keys() >= MOMENTS:
+        second, fourth = float(info["squared_difference"]), float(info["fourth_difference"])
+        told["effective_sample_size"] = _ratio(particles * second**2, fourth)
+    if info.keys() >= BY_WINDOW:
+        pairs = zip(info["loss_by_window"], info["share_by_window"], strict=True)
+        told["loss_by_window"] = [_ratio(float(loss), float(share)) for loss, share in pairs]
+    for name in info.keys() - MOMENTS - BY_WINDOW:
+        value = info[name].tolist()
+        told[name] = (
+            [_ratio(v, 1.0) for v in value] if isinstance(value, list) else _ratio(value, 1.0)
+        )
+    return told
+
+
+def _ratio(a: float, b: float) -> float | None:
+    """a / b, or None where that is no finite number."""
+    return a / b if b > 0 and math.isfinite(a) and math.isfinite(a / b) else None

@@ -42,15 +42,20 @@ class TruncatedBPTT:
         def particle(key, run):
             reset_key, unroll_key = jax.random.split(key)
 
+            fresh = run.window == 0
+
             def loss(theta):
                 # the reset is inside: an initial state that depends on theta has its gradient
                 begun = self.problem.reset(theta, reset_key, run.episodes, True)
-                start = base.select(run.fresh, begun, run.inner)
+                start = base.select(fresh, begun, run.inner)
                 rollout, inner = self.problem.unroll(theta, start, unroll_key)
-                return jnp.mean(rollout.losses), (rollout.done, inner)
+                return jnp.mean(rollout.losses), (rollout.done, jnp.any(rollout.diverged), inner)
 
-            (value, (done, inner)), grad = jax.value_and_grad(loss, has_aux=True)(theta)
-            return base.Estimate(grad, value, {}), Trajectory(inner, done, run.episodes + run.fresh)
+            (value, (done, lost, inner)), grad = jax.value_and_grad(loss, has_aux=True)(theta)
+            info = {"diverged": lost.astype(jnp.float32)}
+            info |= base.by_window(self.problem, run.window, value)
+            window = jnp.where(done, 0, run.window + 1)
+            return base.Estimate(grad, value, info), Trajectory(inner, window, run.episodes + fresh)
 
         estimates, state = base.over_particles(self, particle, key, state)
         return base.mean_estimate(estimates), state
@@ -59,7 +64,10 @@ class TruncatedBPTT:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FullBPTT:
-    """Exact gradient of a whole episode's loss. For short horizons: long ones are chaotic."""
+    """Exact gradient of a whole episode's loss. For short horizons: long ones are chaotic.
+
+    Its state is the number of episodes, int32 [particles].
+    """
 
     truncated: ClassVar[bool] = False
     backpropagates: ClassVar[bool] = True
@@ -73,16 +81,18 @@ class FullBPTT:
     def unrolls(self) -> int:
         return self.problem.windows
 
-    def init(self, theta: Theta, key: base.Key) -> None:
-        return None
+    def init(self, theta: Theta, key: base.Key) -> jax.Array:
+        return jnp.zeros(self.particles, jnp.int32)
 
-    def estimate(self, theta: Theta, state: None, key: base.Key) -> tuple[base.Estimate, None]:
-        def particle(key):
-            loss = lambda t: episode_loss(self.problem, t, key)  # noqa: E731
-            value, grad = jax.value_and_grad(loss)(theta)
-            return base.Estimate(grad, value, {})
+    def estimate(
+        self, theta: Theta, state: jax.Array, key: base.Key
+    ) -> tuple[base.Estimate, jax.Array]:
+        def particle(key, episode):
+            loss = lambda t: episode_loss(self.problem, t, key, episode)  # noqa: E731
+            (value, lost), grad = jax.value_and_grad(loss, has_aux=True)(theta)
+            return base.Estimate(grad, value, {"diverged": lost.astype(jnp.float32)})
 
-        return base.mean_estimate(base.over_particles(self, particle, key)), state
+        return base.mean_estimate(base.over_particles(self, particle, key, state)), state + 1
 
 
 EXAMPLES = (TruncatedBPTT(particles=4), FullBPTT(particles=4))

@@ -3,6 +3,7 @@ windows.
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
@@ -26,7 +27,9 @@ class NRES:
     backpropagates: ClassVar[bool] = False
     problem: InnerProblem = base.UNBOUND
     particles: int = base.static(16)
-    sigma: float = base.static(0.01)
+    sigma: float | tuple[tuple[str, float], ...] = base.static(0.01)
+    shaping: str = base.static("none")
+    clip_difference: float = base.static(math.inf)
     first_particle: int | jax.Array = 0
 
     __post_init__ = antithetic.check
@@ -36,14 +39,14 @@ class NRES:
         return 2
 
     def init(self, theta: Theta, key: base.Key) -> antithetic.Pair:
-        return antithetic.init(self, theta, key)
+        return antithetic.init(self, theta, key, carried=theta)
 
     def estimate(
         self, theta: Theta, state: antithetic.Pair, key: base.Key
     ) -> tuple[base.Estimate, antithetic.Pair]:
-        def carry(past, new, fresh):
-            noise = base.select(fresh, new, past)
-            return noise, noise
+        def carry(past, new, window):
+            noise = base.select(window == 0, new, past)
+            return noise, noise, noise
 
         return antithetic.estimate(self, theta, state, key, carry)
 

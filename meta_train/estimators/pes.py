@@ -3,6 +3,7 @@ noise since the reset.
 """
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
@@ -22,7 +23,9 @@ class PES:
     backpropagates: ClassVar[bool] = False
     problem: InnerProblem = base.UNBOUND
     particles: int = base.static(16)
-    sigma: float = base.static(0.01)
+    sigma: float | tuple[tuple[str, float], ...] = base.static(0.01)
+    shaping: str = base.static("none")
+    clip_difference: float = base.static(math.inf)
     first_particle: int | jax.Array = 0
 
     __post_init__ = antithetic.check
@@ -32,16 +35,17 @@ class PES:
         return 2
 
     def init(self, theta: Theta, key: base.Key) -> antithetic.Pair:
-        return antithetic.init(self, theta, key)
+        return antithetic.init(self, theta, key, carried=theta)
 
     def estimate(
         self, theta: Theta, state: antithetic.Pair, key: base.Key
     ) -> tuple[base.Estimate, antithetic.Pair]:
-        def carry(past, new, fresh):
+        def carry(past, new, window):
             # An episode answers for no noise before its reset. The published code lets go of the
             # old noise one step early, when the episode's last loss is still to be credited, and is
             # biased by it.
-            return new, jax.tree.map(lambda p, n: jnp.where(fresh, 0.0, p) + n, past, new)
+            credit = jax.tree.map(lambda p, n: jnp.where(window == 0, 0.0, p) + n, past, new)
+            return new, credit, credit
 
         return antithetic.estimate(self, theta, state, key, carry)
 

@@ -3,6 +3,7 @@ share.
 """
 
 import dataclasses
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -14,10 +15,12 @@ from meta_train.unroll import InnerProblem
 
 
 class Trajectory(NamedTuple):
-    """A particle: its unperturbed inner state, whether an episode starts next, and how many did."""
+    """A particle: its unperturbed inner state, the index of its next window in the episode (0: an
+    episode starts next), and how many episodes it began.
+    """
 
     inner: Any
-    fresh: jax.Array
+    window: jax.Array
     episodes: jax.Array
 
 
@@ -26,7 +29,7 @@ def init_trajectory(estimator: base.ParticleEstimator, theta: Theta, key: base.K
 
     def particle(key):
         inner = antithetic.empty_like(lambda: estimator.problem.reset(theta, key, 0, True))
-        return Trajectory(inner, jnp.ones((), bool), jnp.zeros((), jnp.int32))
+        return Trajectory(inner, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
     return base.over_particles(estimator, particle, key)
 
@@ -44,7 +47,9 @@ class TruncatedES:
     backpropagates: ClassVar[bool] = False
     problem: InnerProblem = base.UNBOUND
     particles: int = base.static(16)
-    sigma: float = base.static(0.01)
+    sigma: float | tuple[tuple[str, float], ...] = base.static(0.01)
+    shaping: str = base.static("none")
+    clip_difference: float = base.static(math.inf)
     first_particle: int | jax.Array = 0
 
     __post_init__ = antithetic.check
@@ -61,22 +66,22 @@ class TruncatedES:
     ) -> tuple[base.Estimate, Trajectory]:
         def particle(key, run):
             noise_key, reset_key, unroll_key = jax.random.split(key, 3)
-            noise = base.normal_like(noise_key, theta, self.sigma)
+            noise = antithetic.noise_like(noise_key, theta, self.sigma)
+            fresh = run.window == 0
             begun = self.problem.reset(theta, reset_key, run.episodes, True)
-            start = base.select(run.fresh, begun, run.inner)
+            start = base.select(fresh, begun, run.inner)
+            unroll = lambda t: self.problem.unroll(t, start, unroll_key)  # noqa: E731
+            pair, _ = antithetic.on_both(theta, noise, unroll)
+            rollout, inner = unroll(theta)
+            losses = jnp.mean(pair.losses, axis=1)
+            lost = jnp.any(pair.diverged) | rollout.diverged
+            info = {"diverged": lost.astype(jnp.float32)}
+            info |= base.by_window(self.problem, run.window, jnp.mean(losses))
+            window = jnp.where(rollout.done, 0, run.window + 1)
+            return (losses, noise, info), Trajectory(inner, window, run.episodes + fresh)
 
-            def perturbed(sign):
-                theta_sign = base.add_scaled(theta, sign, noise)
-                return self.problem.unroll(theta_sign, start, unroll_key)
-
-            rollouts, inner = jax.vmap(perturbed)(jnp.array([1.0, -1.0, 0.0]))
-            losses = jnp.mean(rollouts.losses, axis=1)
-            estimate = antithetic.gradient(losses[:2], noise, self.sigma)
-            kept = jax.tree.map(lambda x: x[2], inner)
-            return estimate, Trajectory(kept, rollouts.done[2], run.episodes + run.fresh)
-
-        estimates, state = base.over_particles(self, particle, key, state)
-        return base.mean_estimate(estimates), state
+        shown, state = base.over_particles(self, particle, key, state)
+        return antithetic.mean_estimate(self, *shown), state
 
 
 EXAMPLES = (TruncatedES(particles=4),)

@@ -36,6 +36,9 @@ class Recipe:
     """Loss of an episode: mean, final, mean_valid or final_valid."""
     curriculum: int = 0
     """Episodes of a particle over which the upper end of `horizon` grows from the lower one."""
+    burn_in: int = 0
+    """Estimates that are thrown away before the first outer step, so that the particles are out of
+    phase and their states are those of running episodes: about horizon / truncation."""
     outer_steps: int = 1000
     """Steps on theta."""
     learning_rate: float = 3e-3
@@ -48,7 +51,7 @@ class Recipe:
     """Seed of everything random."""
 
     def __post_init__(self):
-        for name, least in (("outer_steps", 1), ("warmup", 0)):
+        for name, least in (("outer_steps", 1), ("burn_in", 0), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
         for name in ("learning_rate", "clip"):

@@ -1,0 +1,60 @@
+"""How many particles a core works on at a time: as many as its cache can hold."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+CACHE = 2**21  # bytes of second-level cache that one core of a server has
+
+
+def mapped(function: Callable, *stacked: Any) -> Any:
+    """vmap of `function` over arguments [count, ...], a chunk after the other. Chunks are the
+    largest equal ones whose working set stays in the cache.
+    """
+    count = len(jax.tree.leaves(stacked)[0])
+    first = jax.eval_shape(lambda xs: jax.tree.map(lambda x: x[0], xs), stacked)
+    fits = CACHE // working_set(function, *first)
+    size = max(n for n in range(1, min(count, max(fits, 1)) + 1) if count % n == 0)
+    if size == count:
+        return jax.vmap(function)(*stacked)
+    chunks = jax.tree.map(lambda x: x.reshape(count // size, size, *x.shape[1:]), stacked)
+    found = jax.lax.map(lambda chunk: jax.vmap(function)(*chunk), chunks)
+    return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), found)
+
+
+def working_set(function: Callable, *args: Any) -> int:
+    """About the bytes that a call touches again and again: its arguments, and twice the largest
+    array that it computes (as one operation reads it, another writes the next).
+    """
+    jaxpr = jax.make_jaxpr(function)(*args)
+    arguments = sum(_bytes(v.aval) for v in jaxpr.jaxpr.invars)
+    computed = [_bytes(v.aval) for eqn in _equations(jaxpr.jaxpr) for v in eqn.outvars]
+    return max(1, arguments + 2 * max(computed, default=0))
+
+
+def _bytes(aval: Any) -> int:
+    dtype = getattr(aval, "dtype", None)
+    return math.prod(aval.shape) * dtype.itemsize if isinstance(dtype, np.dtype) else 0  # no keys
+
+
+def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
+    """All equations that are not calls or loops, which hold their own."""
+    for eqn in jaxpr.eqns:
+        inner = [sub for value in eqn.params.values() for sub in _jaxprs(value)]
+        if not inner:
+            yield eqn
+        for sub in inner:
+            yield from _equations(sub)
+
+
+def _jaxprs(value: Any) -> list[Jaxpr]:
+    values = value if isinstance(value, tuple | list) else (value,)
+    return [
+        v.jaxpr if isinstance(v, ClosedJaxpr) else v
+        for v in values
+        if isinstance(v, ClosedJaxpr | Jaxpr)
+    ]
