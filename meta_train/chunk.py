@@ -27,28 +27,34 @@ def mapped(function: Callable, *stacked: Any) -> Any:
 
 
 def working_set(function: Callable, *args: Any) -> int:
-    """About the bytes that a call touches again and again: its arguments, and twice the largest
-    array that it computes (as one operation reads it, another writes the next).
+    """About the bytes that a call touches again and again, if it loops: the state of the loop, and
+    twice the largest array that an iteration computes (as one operation reads it, another writes
+    the next). 1 if it does not loop.
     """
     jaxpr = jax.make_jaxpr(function)(*args)
-    arguments = sum(_bytes(v.aval) for v in jaxpr.jaxpr.invars)
-    computed = [_bytes(v.aval) for eqn in _equations(jaxpr.jaxpr) for v in eqn.outvars]
-    return max(1, arguments + 2 * max(computed, default=0))
+    sizes = [1]
+    for loop in (eqn for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name == "scan"):
+        first = loop.params["num_consts"]
+        carry = loop.invars[first : first + loop.params["num_carry"]]
+        computed = [
+            _bytes(v) for eqn in _equations(loop.params["jaxpr"].jaxpr) for v in eqn.outvars
+        ]
+        sizes.append(sum(map(_bytes, carry)) + 2 * max(computed, default=0))
+    return max(sizes)
 
 
-def _bytes(aval: Any) -> int:
-    dtype = getattr(aval, "dtype", None)
-    return math.prod(aval.shape) * dtype.itemsize if isinstance(dtype, np.dtype) else 0  # no keys
+def _bytes(variable: Any) -> int:
+    shape, dtype = variable.aval.shape, variable.aval.dtype
+    return math.prod(shape) * dtype.itemsize if isinstance(dtype, np.dtype) else 0  # no keys
 
 
 def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
-    """All equations that are not calls or loops, which hold their own."""
+    """All equations, those inside of calls and loops too."""
     for eqn in jaxpr.eqns:
-        inner = [sub for value in eqn.params.values() for sub in _jaxprs(value)]
-        if not inner:
-            yield eqn
-        for sub in inner:
-            yield from _equations(sub)
+        yield eqn
+        for value in eqn.params.values():
+            for inner in _jaxprs(value):
+                yield from _equations(inner)
 
 
 def _jaxprs(value: Any) -> list[Jaxpr]:

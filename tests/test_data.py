@@ -220,3 +220,18 @@ def test_offline_is_said_within_five_seconds(folders, monkeypatch, network):
         data.load("tfds:mnist")
     assert time.monotonic() - began < 5
     never.set()
+
+
+def test_random_words_are_uniform_and_independent():
+    """Of consecutive keys, as the steps of a training run have them: counts by row, and by pairs of
+    neighbouring draws, rows and keys, against the chi-squared distribution.
+    """
+    keys = jax.random.split(jax.random.key(0), 500)
+    words = np.asarray(jax.vmap(lambda key: data.random_words(key, 64))(keys))
+    for shift in (0, 28):  # the lowest and the highest bits
+        draws = (words >> shift) % 16
+        for pairs in (draws, 16 * draws[:, 1:] + draws[:, :-1], 16 * draws[1:] + draws[:-1]):
+            bins = 16 if pairs is draws else 256
+            counts = np.bincount(pairs.ravel(), minlength=bins)
+            chi = np.sum((counts - pairs.size / bins) ** 2) * bins / pairs.size
+            assert abs(chi - (bins - 1)) < 4.5 * np.sqrt(2 * (bins - 1))

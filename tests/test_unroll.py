@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 import learned_opt
+import meta_train.estimators
 from learned_opt import discovery
+from learned_opt.celo import Celo
 from learned_opt.hyperparams import Hyperparams
 from learned_opt.small_fc import SmallFC
+from learned_opt.velo import Velo
 from meta_train.estimators.base import Estimate, mean_estimate
 from meta_train.estimators.bptt import FullBPTT, TruncatedBPTT
 from meta_train.estimators.pes import PES
@@ -216,6 +219,23 @@ def test_every_rule_meta_trains(rule):
     grads = np.concatenate([np.ravel(g) for g in jax.tree.leaves(estimate.grad)])
     assert np.all(np.isfinite(grads))
     assert np.any(grads != 0)
+
+
+EVOLUTION = [e for e in discovery.examples(meta_train.estimators) if hasattr(e, "sigma")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", [Velo(lstm=8, bank=4), Celo(lstm=8)], ids=["velo", "celo"])
+@pytest.mark.parametrize("estimator", EVOLUTION, ids=lambda e: discovery.name_of(type(e)))
+def test_rules_that_read_the_loss_and_the_horizon_meta_train(estimator, rule):
+    problem = Training(lambda key: Bowl(jax.random.normal(key, ())), rule, (4, 8), 4)
+    estimator = dataclasses.replace(estimator, problem=problem, particles=2)
+    theta = rule.init(KEY)
+    estimate, _ = jax.jit(estimator.estimate)(theta, estimator.init(theta, KEY), KEY)
+    grads = np.concatenate([np.ravel(g) for g in jax.tree.leaves(estimate.grad)])
+    assert np.all(np.isfinite(grads))
+    assert np.any(grads != 0)
+    assert float(estimate.info["diverged"]) == 0
 
 
 @pytest.mark.parametrize("example", [PES(), TruncatedBPTT(), FullBPTT()], ids=discovery.spec_of)

@@ -94,7 +94,7 @@ def estimate(
         fresh = pair.window == 0
         begun = on_both(theta, noise, lambda t: problem.reset(t, reset_key, pair.episodes, True))
         inner = base.select(fresh, begun, pair.inner)
-        # Both halves draw their data, though it is the same: shared, it would have another rank than
+        # Both halves draw their data, the same: shared, it would have another rank than
         # what it is multiplied with, and matrix products a slower form.
         unroll_keys = jnp.broadcast_to(unroll_key, (2,))
         rollout, inner = on_both(theta, noise, problem.unroll, inner, unroll_keys)

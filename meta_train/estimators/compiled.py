@@ -40,7 +40,7 @@ class Compiled:
     """
 
     def __init__(self, estimator: ParticleEstimator, devices: Sequence[Any] | None = None):
-        self._mesh = Mesh(np.asarray(_usable(estimator, devices)), (AXIS,))
+        self._mesh = Mesh(np.asarray(usable(estimator, devices)), (AXIS,))
         self.estimator = jax.device_put(estimator, NamedSharding(self._mesh, WHOLE))
         options = CPU_OPTIONS if self._mesh.devices.flat[0].platform == "cpu" else {}
         # the state is not donated: an interrupt between two steps must find the old one whole
@@ -60,7 +60,7 @@ class Compiled:
         return jax.device_put((theta, key), NamedSharding(self._mesh, WHOLE))
 
 
-def _usable(estimator: ParticleEstimator, devices: Sequence[Any] | None) -> list[Any]:
+def usable(estimator: ParticleEstimator, devices: Sequence[Any] | None) -> list[Any]:
     """The most devices that divide the particles; one, where particles are compared."""
     if devices is None:
         devices = jax.local_devices()
