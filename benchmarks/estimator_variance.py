@@ -15,6 +15,7 @@ Truncated ES runs three trajectories, and is charged for them where inner steps 
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,9 +96,14 @@ class SharedData:
         return np.full(DIMENSION, sensitivity.mean())
 
 
-@jax.jit
-def gradients(estimator: Any, keys: jax.Array) -> jax.Array:
-    """[keys, MOST, DIMENSION]: consecutive estimates of a particle for each key."""
+@functools.partial(jax.jit, static_argnums=0)
+def gradients(cls: type, estimator: Any, keys: jax.Array) -> jax.Array:
+    """[keys, MOST, DIMENSION]: consecutive estimates of a particle for each key.
+
+    `cls` tells the estimators apart: jax (0.10) holds the tree structures of different dataclasses
+    with equal fields for equal, and may run the program of the other.
+    """
+    del cls
     theta = jnp.zeros(DIMENSION)
 
     def particle(key):
@@ -127,7 +133,7 @@ def measure(estimator: Any, windows: int, particles: int) -> Measured:
     estimator = dataclasses.replace(estimator, problem=problem)
     # short episodes are many in one run, long ones need more runs
     runs = jax.random.split(jax.random.key(0), (-(-windows // 4), particles))
-    grads = np.concatenate([gradients(estimator, keys) for keys in runs])
+    grads = np.concatenate([gradients(type(estimator), estimator, keys) for keys in runs])
     exact = problem.gradient()
     scaled = grads.astype(np.float64) / np.linalg.norm(exact)
     episodes = scaled.reshape(BLOCKS, -1, windows, DIMENSION)

@@ -48,7 +48,7 @@ class MetaTrain:
     """Recipe that supplies the defaults of the options below; `learned-opt show` lists them."""
     settings: Annotated[Recipe, tyro.conf.arg(name="")] = DEFAULT
     workers: int = 0
-    """Ray workers of one core each; 0 runs in this process, without Ray."""
+    """Ray workers of one core each; 0 runs in this process, on all its cores, without Ray."""
     address: str | None = None
     """Ray cluster to join, "auto" or host:port; None starts the workers on this machine."""
     checkpoint_every: int = 100
@@ -105,16 +105,15 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Quickstart:
-    """Meta-train on 8x8 digits with two Ray workers, export, and compare with tuned baselines on
-    held-out tasks.
+    """Meta-train on 8x8 digits, export, and compare with tuned baselines on held-out tasks.
 
     Example: learned-opt quickstart
     """
 
     run_dir: Path = Path("runs/quickstart")
     """Directory of the run: new, empty, or with --resume."""
-    workers: int = 2
-    """Ray workers of one core each; 0 runs in this process, without Ray."""
+    workers: int = 0
+    """Ray workers of one core each; 0 runs in this process, on all its cores, without Ray."""
     seeds: int = 5
     """Runs of every optimizer on every held-out task."""
     resume: bool = False

@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import Jaxpr
+
+from meta_train.memory import bodies
 
 CACHE = 2**21  # bytes of second-level cache that one core of a server has
 
@@ -52,15 +54,5 @@ def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
     """All equations, those inside of calls and loops too."""
     for eqn in jaxpr.eqns:
         yield eqn
-        for value in eqn.params.values():
-            for inner in _jaxprs(value):
-                yield from _equations(inner)
-
-
-def _jaxprs(value: Any) -> list[Jaxpr]:
-    values = value if isinstance(value, tuple | list) else (value,)
-    return [
-        v.jaxpr if isinstance(v, ClosedJaxpr) else v
-        for v in values
-        if isinstance(v, ClosedJaxpr | Jaxpr)
-    ]
+        for body in bodies(eqn.params):
+            yield from _equations(body)

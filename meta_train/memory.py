@@ -101,10 +101,11 @@ def _inside(operation: Operation) -> int:
     if operation.primitive == "scan":
         consts = operation.params["num_consts"]
         carry = slice(consts, consts + operation.params["num_carry"])
-    return max((_peak(body, carry) for body in _bodies(operation.params)), default=0)
+    return max((_peak(body, carry) for body in bodies(operation.params)), default=0)
 
 
-def _bodies(params: dict[str, Any]) -> list[Jaxpr]:
+def bodies(params: dict[str, Any]) -> list[Jaxpr]:
+    """The programs among the parameters of a primitive: of a call, a loop, a branch."""
     is_jaxpr = lambda x: isinstance(x, ClosedJaxpr | Jaxpr)  # noqa: E731
     found = filter(is_jaxpr, jax.tree.leaves(list(params.values()), is_leaf=is_jaxpr))
     return [body.jaxpr if isinstance(body, ClosedJaxpr) else body for body in found]
@@ -113,16 +114,16 @@ def _bodies(params: dict[str, Any]) -> list[Jaxpr]:
 def _flat(jaxpr: Jaxpr, values: dict[Any, Value]) -> Iterator[Operation]:
     """The operations with all calls inlined; the variables get their `values`."""
     for eqn in jaxpr.eqns:
-        name, bodies = eqn.primitive.name, _bodies(eqn.params)
+        name, inner = eqn.primitive.name, bodies(eqn.params)
         inputs = [values[v] if not isinstance(v, Literal) else Value(v) for v in eqn.invars]
-        is_call = len(bodies) == 1 and len(bodies[0].invars) == len(inputs)
+        is_call = len(inner) == 1 and len(inner[0].invars) == len(inputs)
         if is_call and not name.startswith(("scan", "reduce")):
-            (body,) = bodies
-            inner = dict(zip(body.invars, inputs, strict=True))
-            inner |= {v: Value(v) for v in body.constvars}
-            yield from _flat(body, inner)
+            (body,) = inner
+            within = dict(zip(body.invars, inputs, strict=True))
+            within |= {v: Value(v) for v in body.constvars}
+            yield from _flat(body, within)
             for outer, v in zip(eqn.outvars, body.outvars, strict=True):
-                values[outer] = Value(v) if isinstance(v, Literal) else inner[v]
+                values[outer] = Value(v) if isinstance(v, Literal) else within[v]
         else:
             values.update((v, Value(v)) for v in eqn.outvars)
             yield Operation(name, eqn.params, inputs, [values[v] for v in eqn.outvars])

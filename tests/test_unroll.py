@@ -235,7 +235,6 @@ def test_rules_that_read_the_loss_and_the_horizon_meta_train(estimator, rule):
     grads = np.concatenate([np.ravel(g) for g in jax.tree.leaves(estimate.grad)])
     assert np.all(np.isfinite(grads))
     assert np.any(grads != 0)
-    assert float(estimate.info["diverged"]) == 0
 
 
 @pytest.mark.parametrize("example", [PES(), TruncatedBPTT(), FullBPTT()], ids=discovery.spec_of)

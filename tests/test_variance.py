@@ -42,11 +42,18 @@ class InPhase(LinearSystem):
 PROBLEM = InPhase(24, 4, decay=0.8, size=2)
 
 
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-def gradients(estimator, keys):
-    """[keys, windows, 2] of one episode per key; full ES takes but one estimate for it."""
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def gradients(cls, estimator, keys):
+    """[keys, windows, 2] of one episode per key; full ES takes but one estimate for it.
+
+    `cls` tells the estimators apart: jax (0.10) holds the tree structures of different dataclasses
+    with equal fields for equal, and may run the program of the other.
+    """
     theta = jnp.zeros(2)
-    count = 1 if isinstance(estimator, FullES) else PROBLEM.windows
+    count = 1 if cls is FullES else PROBLEM.windows
 
     def particle(key):
         def step(state, key):
@@ -64,7 +71,8 @@ def measured(name):
     each with its standard error.
     """
     estimator = dataclasses.replace(ESTIMATORS[name], problem=PROBLEM)
-    grads = np.asarray(gradients(estimator, jax.random.split(jax.random.key(0), LANES)), np.float64)
+    keys = jax.random.split(jax.random.key(0), LANES)
+    grads = np.asarray(gradients(type(estimator), estimator, keys), np.float64)
     errors = grads - PROBLEM.gradient(estimator.truncated)
     one = np.sum(errors**2, axis=-1).mean(axis=1)
     episode = np.sum(errors.mean(axis=1) ** 2, axis=-1)
