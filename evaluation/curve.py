@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tasks.base import Key, TaskFamily, train_step
+from tasks.base import Key, TaskFamily, classes, train_step
 
 Scalar = np.ndarray | np.floating | float
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
@@ -97,7 +97,7 @@ def train_from(
     check_family(family)
     if not 1 <= evals <= steps:
         raise ValueError(f"`evals` must be in 1..`steps`, got {evals} and {steps}: lower `evals`")
-    losses = _program(jax.default_backend())(
+    losses = _program(jax.default_backend(), classes(family))(
         family, hypers, keys, make_optimizer=make_optimizer, steps=steps, evals=evals,
         eval_batches=eval_batches, parallel=parallel,
     )  # fmt: skip
@@ -140,7 +140,8 @@ def compiler_options(backend: str) -> dict[str, int] | None:
 
 
 @functools.cache
-def _program(backend: str):
+def _program(backend: str, family_classes: tuple):
+    del family_classes  # one jit each, see `tasks.base.classes`
     options = compiler_options(backend)
     return jax.jit(_train, static_argnames=STATIC, compiler_options=options)
 

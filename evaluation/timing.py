@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from evaluation.curve import MakeOptimizer, check_family, compiler_options
-from tasks.base import Key, TaskFamily, train_step
+from tasks.base import Key, TaskFamily, classes, train_step
 
 
 def reference_adam(_) -> optax.GradientTransformation:
@@ -18,7 +18,8 @@ def reference_adam(_) -> optax.GradientTransformation:
 
 
 @functools.cache
-def _program(backend: str):
+def _program(backend: str, family_classes: tuple):
+    del family_classes  # one jit each, see `tasks.base.classes`
     options = compiler_options(backend)
     return jax.jit(_steps, static_argnames="make_optimizer", compiler_options=options)
 
@@ -38,7 +39,7 @@ def _steps(family, key, count, *, make_optimizer):
 def compile_steps(family: TaskFamily, make_optimizer: MakeOptimizer, key: Key) -> None:
     """Compiles what `step_seconds` measures, for compiling several side by side."""
     check_family(family)
-    program = _program(jax.default_backend())
+    program = _program(jax.default_backend(), classes(family))
     jax.block_until_ready(program(family, key, 1, make_optimizer=make_optimizer))
 
 
@@ -63,7 +64,7 @@ def step_seconds(
     for contestant in contestants:
         compile_steps(family, contestant, key)
 
-    program = _program(jax.default_backend())
+    program = _program(jax.default_backend(), classes(family))
 
     def measure(contestant, count):
         start = time.perf_counter()

@@ -5,6 +5,7 @@ Tasks are pytrees (`jax.tree_util.register_dataclass`): arrays such as datasets 
 travel to jitted functions as arguments, everything that decides a shape is a static field.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -42,6 +43,18 @@ class Task(Protocol):
 
 
 TaskFamily = Callable[[Key], Task]
+
+
+def classes(tree: Any) -> tuple:
+    """The classes of a dataclass and of all dataclasses in it, hashable.
+
+    jax (0.10) takes registered dataclasses of equal fields for equal, whatever their classes, and
+    may run one's program for the other: what is jitted for any family must be told apart by this.
+    """
+    if not dataclasses.is_dataclass(tree):
+        return ()
+    inner = [classes(getattr(tree, field.name)) for field in dataclasses.fields(tree)]
+    return type(tree), *inner
 
 
 def relative_loss(loss: jax.Array, untrained: float | jax.Array) -> jax.Array:

@@ -28,7 +28,22 @@ ESTIMATORS = [
 IDS = [discovery.name_of(type(e)) for e in ESTIMATORS]
 # compiling is most of what these tests do
 QUICK = {"xla_backend_optimization_level": 0}
-run = jax.jit(lambda e, theta, state, key: e.estimate(theta, state, key), compiler_options=QUICK)
+
+
+# one jit for each class: jax (0.10) takes dataclasses of equal fields for equal
+@functools.cache
+def program(function, cls, static=()):
+    return jax.jit(function, static_argnames=static, compiler_options=QUICK)
+
+
+def estimate(estimator, theta, state, key):
+    return estimator.estimate(theta, state, key)
+
+
+def run(estimator, *args):
+    return program(estimate, type(estimator))(estimator, *args)
+
+
 PROBLEM, THETA, KEY = LinearSystem(12, 4, size=2), jnp.array([0.5, -1.0]), jax.random.key(7)
 
 
@@ -40,7 +55,6 @@ def follow(estimator, steps):
         yield estimate, state
 
 
-@functools.partial(jax.jit, static_argnums=3, compiler_options=QUICK)
 def gradients(estimator, theta, key, count):
     """Gradients [count, d] of consecutive estimates, after one episode in which particles get out
     of phase.
@@ -62,7 +76,8 @@ def mean_gradient(estimator, theta, blocks=48, total=100_000):
     windows = estimator.problem.windows
     particles = -(-total // (blocks * windows))
     estimator = dataclasses.replace(estimator, particles=particles)
-    grads = gradients(estimator, theta, jax.random.key(0), blocks * windows)
+    run_all = program(gradients, type(estimator), "count")
+    grads = run_all(estimator, theta, jax.random.key(0), count=blocks * windows)
     means = np.asarray(grads).reshape(blocks, windows, -1).mean(axis=1)
     return means.mean(axis=0), means.std(axis=0, ddof=1) / np.sqrt(blocks)
 
