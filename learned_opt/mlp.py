@@ -134,7 +134,9 @@ def _mlp(theta, arrays, shared, order, structure, shape, epsilon, axes, pooled: 
         spread = []
     features, watched = [features[i] for i in whole], [watched[i] for i in whole]
     w = jnp.concatenate([weights[i] for i in whole])
-    merged = shape if wide else merged_shape(shape, axes)
+    # what is split over devices explicitly has no axes to merge
+    split = any(any(jax.typeof(x).sharding.spec) for x in arrays)
+    merged = shape if wide or split else merged_shape(shape, axes)
     if merged != shape:
         features, watched = (_merge_features(f, shape, merged) for f in (features, watched))
         parts = [jnp.broadcast_to(_total(parts), (len(parts[0]), *shape)).reshape(-1, *merged)]

@@ -174,7 +174,7 @@ def test_cards_that_would_not_survive_are_not_written(path, value):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("step_size", [float("nan"), float("inf"), np.float32(0.1), jnp.ones(())])
+@pytest.mark.parametrize("step_size", [float("nan"), np.float32(0.1), jnp.ones(())])
 def test_rules_that_would_not_survive_are_not_written(path, step_size):
     with pytest.raises(ValueError, match=r"`rule` .*(could not be built again|not survive)"):
         artifact.save(path, SmallFC(hidden=3, step_size=step_size), THETA, {})
