@@ -78,17 +78,24 @@ def _over_outer_steps(panel: Axes, records: Records, key: str) -> None:
         panel.set_ylim(0, max(0.05, 1.05 * float(values.max())))
     elif key == "effective_sample_size":
         panel.set_ylim(0)
-    elif values.size and values.min() > 0:
-        panel.set_yscale("log")
-        plain = matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}")
-        panel.yaxis.set_major_formatter(plain)
-        # within a decade there may be no major tick at all
-        narrow = values.max() < 10 * values.min()
-        panel.yaxis.set_minor_formatter(plain if narrow else matplotlib.ticker.NullFormatter())
+    else:
+        _logarithmic(panel, values)
     if reference:
         value, name = reference
         panel.axhline(value, color="#777777", linewidth=1.2, linestyle="--", label=name)
         panel.legend(*_only(panel, name), loc="best", frameon=False, fontsize=9)
+
+
+def _logarithmic(panel: Axes, values: np.ndarray) -> None:
+    """If the values allow it."""
+    if not values.size or values.min() <= 0:
+        return
+    panel.set_yscale("log")
+    plain = matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}")
+    panel.yaxis.set_major_formatter(plain)
+    # within a decade there may be no major tick at all
+    narrow = values.max() < 10 * values.min()
+    panel.yaxis.set_minor_formatter(plain if narrow else matplotlib.ticker.NullFormatter())
 
 
 def _only(panel: Axes, name: str) -> tuple[list[Any], list[str]]:
@@ -101,16 +108,19 @@ def _by_inner_step(panel: Axes, by_window: Sequence[Sequence[float | None]], tru
     inner_steps = truncation * np.arange(1, losses_RW.shape[1] + 1)
     count = max(1, len(losses_RW) // 10)
     begins = (0, (len(losses_RW) - count) // 2, len(losses_RW) - count)
+    drawn = []
     for (stage, colour), begin in zip(STAGES.items(), begins, strict=True):
         pooled = losses_RW[begin : begin + count]
         known = ~np.isnan(pooled)
         seen = known.any(axis=0)
         means = np.nansum(pooled, axis=0)[seen] / known.sum(axis=0)[seen]
+        drawn.append(means)
         marker = "o" if len(means) < 30 else None
         panel.plot(
             inner_steps[seen], means, color=colour, linewidth=2, label=stage,
             marker=marker, markersize=3,
         )  # fmt: skip
+    _logarithmic(panel, np.concatenate(drawn))
     panel.set_title("Loss by inner step", loc="left", fontsize=11, fontweight="bold")
     panel.set_xlabel("inner step")
     panel.set_ylabel("loss")
