@@ -14,7 +14,9 @@ def one_per_core() -> None:
     asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if asked or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
+    # not every system restricts processes to some cores
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     try:
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+        jax.config.update("jax_num_cpu_devices", len(affinity(0)))
     except RuntimeError:  # jax has its devices
         return
