@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from learned_opt import base, features
+from learned_opt import base, features, fields
 from learned_opt.mlp import mlp_init, mlp_per_parameter
-from learned_opt.small_fc import INPUTS, SmallFCState
+from learned_opt.small_fc import INPUTS, SmallFCState, decay_offsets, decays_of
 
 Nominal = Literal["sgd", "momentum", "aggregated_momentum", "adam", "aggregated_adam"]
 BlackBox = Literal["raw", "preconditioned", "mean_gradient"]
@@ -62,8 +62,7 @@ class AdafacNominal:
     initial: Initial = "nominal"
 
     def __post_init__(self):
-        if self.hidden < 1:
-            raise ValueError(f"`hidden` must be at least 1, got {self.hidden}")
+        fields.at_least_one(self, "hidden")
         choices = {"nominal": Nominal, "black_box": BlackBox, "initial": Initial}
         for name, known in choices.items():
             if getattr(self, name) not in get_args(known):
@@ -78,14 +77,7 @@ class AdafacNominal:
                 "`nominal_step_size` must be positive for initial='nominal', got "
                 f"{self.nominal_step_size}; set initial='random'"
             )
-        if len(self.momentum_decays) != len(self.factored_decays):
-            raise ValueError(
-                "`momentum_decays` and `factored_decays` must be of equal length, got "
-                f"{len(self.momentum_decays)} and {len(self.factored_decays)}"
-            )
-        decays = (*self.momentum_decays, self.rms_decay, *self.factored_decays)
-        if not self.momentum_decays or not all(0.0 <= b < 1.0 for b in decays):
-            raise ValueError(f"decays must be numbers in [0, 1), got {decays}")
+        fields.accumulator_decays(self)
 
     @classmethod
     def published(cls) -> "AdafacNominal":
@@ -108,12 +100,7 @@ class AdafacNominal:
         mlp = mlp_init(key, (inputs, self.hidden, self.hidden, 4))
         if self.initial == "nominal":
             mlp["w2"] = jnp.zeros_like(mlp["w2"])
-        return {
-            "mlp": mlp,
-            "momentum_decays": jnp.zeros((n,)),
-            "rms_decays": jnp.zeros((1,)),
-            "factored_decays": jnp.zeros((n,)),
-        }
+        return {"mlp": mlp, **decay_offsets(n)}
 
     def optimizer(
         self, theta: base.Theta, horizon: base.Horizon = None
@@ -121,13 +108,7 @@ class AdafacNominal:
         del horizon
         base.check_theta(self, theta)
         channels = len(self.momentum_decays)
-        # averages of squares must stay positive; published for these two alone
-        unit = lambda decays: jnp.clip(decays, 0.0, 1.0)  # noqa: E731
-        decays = (
-            features.learned_decays(self.momentum_decays, theta["momentum_decays"]),
-            unit(features.learned_decays((self.rms_decay,), theta["rms_decays"])),
-            unit(features.learned_decays(self.factored_decays, theta["factored_decays"])),
-        )
+        decays = decays_of(self, theta)
 
         def init(params: base.Params) -> SmallFCState:
             base.check_params(params)

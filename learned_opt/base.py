@@ -145,6 +145,11 @@ def float32(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
 
 
+def like_params(updates: Any, params: Params) -> Any:
+    """The updates in the dtypes of the params, as optax wants them."""
+    return jax.tree.map(lambda u, p: u.astype(jnp.result_type(p)), updates, params)
+
+
 def check_update(rule: LearnedOptimizer, params: Params | None) -> None:
     """Refuses an `update` call without params, which every rule here reads or sizes its step by.
 

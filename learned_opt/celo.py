@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from learned_opt import base, features, scheduler, velo
+from learned_opt import base, features, fields, scheduler, velo
 from learned_opt.mlp import mlp_init, pass_through
 
 
@@ -47,18 +47,9 @@ class Celo:
     initial: Literal["momentum", "random"] = "momentum"
 
     def __post_init__(self):
-        for name in ("lstm", "hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        if not self.gradient_clip > 0:
-            raise ValueError(f"`gradient_clip` must be positive, got {self.gradient_clip}")
-        if self.initial not in ("momentum", "random"):
-            raise ValueError(f"`initial` must be 'momentum' or 'random', got {self.initial!r}")
-        if self.initial == "momentum" and self.hidden < 2:
-            raise ValueError(
-                f"`hidden` must be at least 2 for initial='momentum', got {self.hidden}; "
-                "set initial='random'"
-            )
+        fields.at_least_one(self, "lstm", "hidden")
+        fields.positive(self, "gradient_clip")
+        fields.momentum_or_random(self)
 
     @classmethod
     def published(cls) -> "Celo":

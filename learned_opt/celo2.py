@@ -11,15 +11,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from learned_opt import base, features
+from learned_opt import base, features, fields
 from learned_opt.mlp import mlp_init, mlp_per_parameter, pass_through
 
-# of a vector the MLP sees those of the first line
-INPUTS = (
-    "g", "clipped_g", "p", "m", "v", "m_rsqrt", "rsqrt", "factored_g", "g_rsqrt",
-    "row", "col", "row_rsqrt", "col_rsqrt", "factored_m",
-)  # fmt: skip
-VECTOR_INPUTS = INPUTS[:9]
+VECTOR_INPUTS = features.NAMES[:9]  # a vector has no rows and columns
 AXES = (-2, -1)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
@@ -93,27 +88,11 @@ class Celo2:
     initial: Literal["momentum", "random"] = "momentum"
 
     def __post_init__(self):
-        if self.hidden < 1:
-            raise ValueError(f"`hidden` must be at least 1, got {self.hidden}")
-        if len(self.momentum_decays) != len(self.factored_decays):
-            raise ValueError(
-                "`momentum_decays` and `factored_decays` must be of equal length, got "
-                f"{len(self.momentum_decays)} and {len(self.factored_decays)}"
-            )
-        decays = (*self.momentum_decays, self.rms_decay, *self.factored_decays)
-        if not self.momentum_decays or not all(0.0 <= b < 1.0 for b in decays):
-            raise ValueError(f"decays must be numbers in [0, 1), got {decays}")
-        if not self.gradient_clip > 0:
-            raise ValueError(f"`gradient_clip` must be positive, got {self.gradient_clip}")
-        if self.vectors not in ("adam", "mlp"):
-            raise ValueError(f"`vectors` must be 'adam' or 'mlp', got {self.vectors!r}")
-        if self.initial not in ("momentum", "random"):
-            raise ValueError(f"`initial` must be 'momentum' or 'random', got {self.initial!r}")
-        if self.initial == "momentum" and self.hidden < 2:
-            raise ValueError(
-                f"`hidden` must be at least 2 for initial='momentum', got {self.hidden}; "
-                "set initial='random'"
-            )
+        fields.at_least_one(self, "hidden")
+        fields.accumulator_decays(self)
+        fields.positive(self, "gradient_clip")
+        fields.one_of(self, "vectors", "adam", "mlp")
+        fields.momentum_or_random(self)
 
     @classmethod
     def published(cls) -> "Celo2":
@@ -180,7 +159,7 @@ class Celo2:
         known = features.tensor_features(
             g, p, m, v, row, col, rms_epsilon=1e-8, clip=self.gradient_clip
         )
-        names = INPUTS if g.ndim > 1 else VECTOR_INPUTS
+        names = features.NAMES if g.ndim > 1 else VECTOR_INPUTS
         if g.ndim < 2:
             mlp = mlp | {"w0": mlp["w0"][: 6 + 3 * len(m)]}
         (direction,) = mlp_per_parameter(

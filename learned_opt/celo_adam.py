@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from learned_opt import base, scheduler
+from learned_opt import base, fields, scheduler
 
 
 class CeloAdamState(NamedTuple):
@@ -39,15 +39,12 @@ class CeloAdam:
     initial: Literal["constant", "random"] = "constant"
 
     def __post_init__(self):
-        if self.lstm < 1:
-            raise ValueError(f"`lstm` must be at least 1, got {self.lstm}")
+        fields.at_least_one(self, "lstm")
         for name in ("b1", "b2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}")
-        if not self.gradient_clip > 0:
-            raise ValueError(f"`gradient_clip` must be positive, got {self.gradient_clip}")
-        if self.initial not in ("constant", "random"):
-            raise ValueError(f"`initial` must be 'constant' or 'random', got {self.initial!r}")
+        fields.positive(self, "gradient_clip")
+        fields.one_of(self, "initial", "constant", "random")
 
     @classmethod
     def published(cls) -> "CeloAdam":

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from learned_opt.base import Params
+from learned_opt.base import Params, like_params
 
 By = str | Sequence[str] | Callable[[str, jax.ShapeDtypeStruct], bool] | None
 SHOWN = 20
@@ -131,13 +131,9 @@ def finish(
             optimizer,
             optax.add_decayed_weights(-weight_decay, decays),
             optax.scale(learning_rate),
-            optax.stateless(_like_params),
+            optax.stateless(like_params),
         )
 
     # in float32 even for params of half precision, which hold a rate to three digits only
     inject = optax.inject_hyperparams(chain, hyperparam_dtype=jnp.float32)
     return inject(learning_rate=learning_rate, weight_decay=weight_decay)
-
-
-def _like_params(updates: optax.Updates, params: Params | None) -> optax.Updates:
-    return jax.tree.map(lambda u, p: u.astype(jnp.result_type(p)), updates, params)

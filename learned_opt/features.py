@@ -183,6 +183,13 @@ def accumulators_update(
     )
 
 
+# of `tensor_features`, in the order in which VeLO's and Celo2's weights read them
+NAMES = (
+    "g", "clipped_g", "p", "m", "v", "m_rsqrt", "rsqrt", "factored_g", "g_rsqrt",
+    "row", "col", "row_rsqrt", "col_rsqrt", "factored_m",
+)  # fmt: skip
+
+
 def tensor_features(
     g: jax.Array,
     p: jax.Array,

@@ -59,7 +59,7 @@ class Hyperparams:
             base.check_update(self, params)
             # in bfloat16 the decay 0.999 would round to 1
             updates, state = adam.update(base.float32(updates), state)
-            return jax.tree.map(lambda u, p: u.astype(jnp.result_type(p)), updates, params), state
+            return base.like_params(updates, params), state
 
         return optax.GradientTransformationExtraArgs(init, update)
 

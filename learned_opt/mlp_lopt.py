@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from learned_opt import base, features
+from learned_opt import base, features, fields
 from learned_opt.mlp import mlp_init, mlp_per_parameter, pass_through
 
 
@@ -38,19 +38,9 @@ class MlpLopt:
     initial: Literal["momentum", "random"] = "momentum"
 
     def __post_init__(self):
-        if self.hidden < 1:
-            raise ValueError(f"`hidden` must be at least 1, got {self.hidden}")
-        if not self.momentum_decays or not all(0.0 <= b < 1.0 for b in self.momentum_decays):
-            raise ValueError(
-                f"`momentum_decays` must be numbers in [0, 1), got {self.momentum_decays}"
-            )
-        if self.initial not in ("momentum", "random"):
-            raise ValueError(f"`initial` must be 'momentum' or 'random', got {self.initial!r}")
-        if self.initial == "momentum" and self.hidden < 2:
-            raise ValueError(
-                f"`hidden` must be at least 2 for initial='momentum', got {self.hidden}; "
-                "set initial='random'"
-            )
+        fields.at_least_one(self, "hidden")
+        fields.decays("`momentum_decays`", self.momentum_decays)
+        fields.momentum_or_random(self)
 
     @classmethod
     def published(cls) -> "MlpLopt":

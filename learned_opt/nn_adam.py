@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from learned_opt import base
+from learned_opt import base, fields
 from learned_opt.recurrent import LSTMState, dense, lstm, lstm_init, placed_as, whole
 
 # the LSTM moves log(x) / 10 of learning rate, 1 - beta1, 1 - beta2 and epsilon; bounds of log(x)
@@ -73,8 +73,7 @@ class NNAdam:
     decay_strength: float = 0.0
 
     def __post_init__(self):
-        if self.lstm < 1:
-            raise ValueError(f"`lstm` must be at least 1, got {self.lstm}")
+        fields.at_least_one(self, "lstm")
         for name, low, high in (("learning_rate", 1e-8, 1e3), ("epsilon", 1e-11, 1e4)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(

@@ -14,7 +14,7 @@ import optax
 from jax import lax
 from jax.tree_util import Partial
 
-from learned_opt import base, features
+from learned_opt import base, features, fields
 from learned_opt.mlp import mlp_init, mlp_per_parameter, pass_through
 from learned_opt.recurrent import (
     LSTMState,
@@ -90,18 +90,9 @@ class RnnMlp:
     initial: Literal["momentum", "random"] = "momentum"
 
     def __post_init__(self):
-        for name in ("lstm", "hidden", "from_lstm", "from_mlp", "to_mlp"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        if not self.decays or not all(0.0 <= b < 1.0 for b in self.decays):
-            raise ValueError(f"`decays` must be numbers in [0, 1), got {self.decays}")
-        if self.initial not in ("momentum", "random"):
-            raise ValueError(f"`initial` must be 'momentum' or 'random', got {self.initial!r}")
-        if self.initial == "momentum" and self.hidden < 2:
-            raise ValueError(
-                f"`hidden` must be at least 2 for initial='momentum', got {self.hidden}; "
-                "set initial='random'"
-            )
+        fields.at_least_one(self, "lstm", "hidden", "from_lstm", "from_mlp", "to_mlp")
+        fields.decays("`decays`", self.decays)
+        fields.momentum_or_random(self)
 
     @classmethod
     def published(cls) -> "RnnMlp":

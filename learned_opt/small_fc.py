@@ -3,13 +3,13 @@
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from learned_opt import base, features
+from learned_opt import base, features, fields
 from learned_opt.mlp import mlp_init, mlp_per_parameter, pass_through
 
 INPUTS = (
@@ -21,6 +21,27 @@ INPUTS = (
 class SmallFCState(NamedTuple):
     count: jax.typing.ArrayLike
     accumulators: features.Accumulators
+
+
+def decay_offsets(channels: int) -> base.Theta:
+    """What theta learns of the decays: offsets, at 0 the fields of the rule."""
+    zeros = jnp.zeros((channels,))
+    return {"momentum_decays": zeros, "rms_decays": jnp.zeros((1,)), "factored_decays": zeros}
+
+
+def decays_of(rule: Any, theta: base.Theta) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Decays of momenta [n], second moment [1] and factored second moments [n]. Those of squares,
+    whose averages must not become negative, are kept in [0, 1], as published.
+    """
+    momentum, rms, factored = (
+        features.learned_decays(initial, theta[name])
+        for name, initial in (
+            ("momentum_decays", rule.momentum_decays),
+            ("rms_decays", (rule.rms_decay,)),
+            ("factored_decays", rule.factored_decays),
+        )
+    )
+    return momentum, jnp.clip(rms, 0.0, 1.0), jnp.clip(factored, 0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +66,9 @@ class SmallFC:
     initial: Literal["momentum", "random"] = "momentum"
 
     def __post_init__(self):
-        if self.hidden < 1:
-            raise ValueError(f"`hidden` must be at least 1, got {self.hidden}")
-        if self.initial not in ("momentum", "random"):
-            raise ValueError(f"`initial` must be 'momentum' or 'random', got {self.initial!r}")
-        if self.initial == "momentum" and self.hidden < 2:
-            raise ValueError(
-                f"`hidden` must be at least 2 for initial='momentum', got {self.hidden}; "
-                "set initial='random'"
-            )
-        if len(self.momentum_decays) != len(self.factored_decays):
-            raise ValueError(
-                "`momentum_decays` and `factored_decays` must be of equal length, got "
-                f"{len(self.momentum_decays)} and {len(self.factored_decays)}"
-            )
+        fields.at_least_one(self, "hidden")
+        fields.momentum_or_random(self)
+        fields.equal_channels(self)
 
     @classmethod
     def published(cls) -> "SmallFC":
@@ -73,12 +83,7 @@ class SmallFC:
         if self.initial == "momentum":
             # the first momentum over its root mean square: behind g, p, n momenta and the rms
             mlp = pass_through(mlp, channel=3 + n)
-        return {
-            "mlp": mlp,
-            "momentum_decays": jnp.zeros((n,)),
-            "rms_decays": jnp.zeros((1,)),
-            "factored_decays": jnp.zeros((n,)),
-        }
+        return {"mlp": mlp, **decay_offsets(n)}
 
     def optimizer(
         self, theta: base.Theta, horizon: base.Horizon = None
@@ -86,14 +91,7 @@ class SmallFC:
         del horizon
         base.check_theta(self, theta)
         channels = len(self.momentum_decays)
-        decays = (
-            features.learned_decays(self.momentum_decays, theta["momentum_decays"]),
-            # an average of squares must not become negative
-            jnp.clip(features.learned_decays((self.rms_decay,), theta["rms_decays"]), 0.0, 1.0),
-            jnp.clip(
-                features.learned_decays(self.factored_decays, theta["factored_decays"]), 0.0, 1.0
-            ),
-        )
+        decays = decays_of(self, theta)
 
         def init(params: base.Params) -> SmallFCState:
             base.check_params(params)

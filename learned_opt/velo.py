@@ -10,20 +10,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from learned_opt import base, features, scheduler
+from learned_opt import base, features, fields, scheduler
 from learned_opt.mlp import Shape, Weights, mlp_init, mlp_per_parameter, pass_through, sum_last
 from learned_opt.recurrent import placed_as, whole
 
-# in the order of the rows of w0
-INPUTS = (
-    "g", "clipped_g", "p", "m", "v", "m_rsqrt", "rsqrt", "factored_g", "g_rsqrt",
-    "row", "col", "row_rsqrt", "col_rsqrt", "factored_m",
-)  # fmt: skip
 DECAYS = (0.9, 0.99, 0.999)
 RMS_DECAY = (0.999,)
 MLP = (30, 4, 4, 3)
-# of INPUTS, the momentum of decay 0.9 over its root mean square: behind four groups of one and
-# three momenta
+# of features.NAMES the momentum of decay 0.9 over its root mean square: behind four groups of one
+# and three momenta
 MOMENTUM = 7
 RANKS = 5
 STATISTICS = 1 + RANKS + 2 * len(DECAYS)
@@ -48,7 +43,7 @@ def mlp_step(mlp: Weights, magnitude_scale: float, clip: float, g, p, m, v, row,
     """
     known = features.tensor_features(g, p, m, v, row, col, clip=clip)
     direction, magnitude, _ = mlp_per_parameter(
-        mlp, [known[name] for name in INPUTS], jnp.zeros((0,)), shape=g.shape, epsilon=1e-5
+        mlp, [known[name] for name in features.NAMES], jnp.zeros((0,)), shape=g.shape, epsilon=1e-5
     )
     return direction * jnp.exp(magnitude_scale * magnitude)
 
@@ -146,15 +141,9 @@ class Velo:
     initial: Literal["momentum", "random"] = "momentum"
 
     def __post_init__(self):
-        for name in ("lstm", "bank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
-        for name in ("interpolation", "gradient_clip", "clip_param_scale"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"`{name}` must be positive, got {value}")
-        if self.initial not in ("momentum", "random"):
-            raise ValueError(f"`initial` must be 'momentum' or 'random', got {self.initial!r}")
+        fields.at_least_one(self, "lstm", "bank")
+        fields.positive(self, "interpolation", "gradient_clip", "clip_param_scale")
+        fields.one_of(self, "initial", "momentum", "random")
 
     @classmethod
     def published(cls) -> "Velo":
@@ -212,9 +201,7 @@ class Velo:
                     mlps, factors, leaves(updates, single, *accumulators), strict=True
                 )
             ]
-            updates = jax.tree.map(
-                lambda u, p: u.astype(jnp.result_type(p)), treedef.unflatten(steps), params
-            )
+            updates = base.like_params(treedef.unflatten(steps), params)
             found = [
                 moments(old, *leaf)
                 for old, leaf in zip(
