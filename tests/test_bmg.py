@@ -31,7 +31,9 @@ class Descent:
         return optax.sgd(theta)
 
 
-@pytest.mark.parametrize("bootstrap", [0, 1, 2])
+@pytest.mark.parametrize(
+    "bootstrap", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2))]
+)
 def test_two_steps_on_a_parabola_by_hand(bootstrap):
     """The loss e^2 / 2 of the error e = x - optimum, from e at the window's start:
 
@@ -87,6 +89,7 @@ def test_without_bootstrap_it_is_the_gradient_of_the_loss_at_the_windows_end():
     np.testing.assert_allclose(estimate.grad["log_learning_rate"], exact, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_following_it_makes_training_faster():
     problem = Training(Quadratic(dimension=3, condition=(1.0, 10.0)), Hyperparams(2, 0.01), 20, 5)
     estimator, optimizer = BMG(problem, particles=8), outer_optimizer(0.2, 40)

@@ -37,8 +37,11 @@ TRAINING = Training(Quadratic(3, noise=0.1), Hyperparams(2, 0.1), (2, 14), 2, cu
 
 @pytest.mark.parametrize(
     ("problem", "arity"),
-    [(LINEAR, 2), (LINEAR, 4), (TRAINING, 2)],
-    ids=["linear-2", "linear-4", "training-2"],
+    [
+        pytest.param(LINEAR, 2, id="linear-2"),
+        pytest.param(LINEAR, 4, id="linear-4"),
+        pytest.param(TRAINING, 2, id="training-2", marks=pytest.mark.slow),
+    ],
 )
 def test_the_gradient_is_that_of_the_plain_loop(problem, arity):
     """Where episodes end early, and a curriculum looks at their number, too."""

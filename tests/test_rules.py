@@ -18,7 +18,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 import learned_opt
 from learned_opt import artifact, base, discovery
 from learned_opt.hyperparams import Hyperparams
-from learned_opt.small_fc import SmallFC
 
 RULES = discovery.examples(learned_opt)
 HORIZON = 10
@@ -302,11 +301,11 @@ def unroll(rule, theta):
 
 @pytest.mark.parametrize(
     "rule",
-    # compiling a gradient through a rule takes long: two in the quick suite, all in the slow one
+    # compiling a gradient through a rule takes long: one in the quick suite, all in the slow one
     [
         pytest.param(
             rule,
-            marks=() if isinstance(rule, (SmallFC, Hyperparams)) else pytest.mark.slow,
+            marks=() if isinstance(rule, Hyperparams) else pytest.mark.slow,
             id=discovery.name_of(type(rule)),
         )
         for rule in RULES
