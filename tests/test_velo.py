@@ -86,7 +86,8 @@ def test_what_it_watches_follows_the_published_state(tag, problem):
     np.testing.assert_allclose(losses.minima, last["loss_buffer|running_min"], rtol=1e-6)
     np.testing.assert_allclose(losses.decays, last["loss_buffer|decays"], rtol=1e-6)
     np.testing.assert_allclose(lstm.hidden, last["lstm_hidden_state|hidden"], atol=2e-6)
-    np.testing.assert_allclose(lstm.cell, last["lstm_hidden_state|cell"], atol=2e-6)
+    # cells reach 2.6: a few tens of units in the last place
+    np.testing.assert_allclose(lstm.cell, last["lstm_hidden_state|cell"], atol=5e-6)
 
 
 def weighted_means(losses, scales):
