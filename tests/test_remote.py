@@ -62,7 +62,7 @@ def two_workers():
 
 def test_two_workers_a_dead_worker_and_no_ray_give_the_same_theta(local, two_workers, tmp_path):
     undisturbed = train(two_workers)
-    np.testing.assert_allclose(flat(undisturbed.theta), local, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(flat(undisturbed.theta), local, rtol=0, atol=1e-5)
     moved = flat(RECIPE.build_rule().init(jax.random.split(jax.random.key(RECIPE.seed), 3)[0]))
     assert np.abs(local - moved).max() > 1e-3
 
@@ -112,6 +112,7 @@ def test_more_workers_than_particles_and_unreachable_clusters_are_refused():
 def test_any_number_of_workers_gives_the_same_theta(local, workers):
     remote = Remote(RECIPE.build_estimator(), workers=workers)
     try:
-        np.testing.assert_allclose(flat(train(remote).theta), local, rtol=0, atol=1e-6)
+        # how a sum is ordered depends on how many particles a program has; steps are of 1e-2
+        np.testing.assert_allclose(flat(train(remote).theta), local, rtol=0, atol=1e-5)
     finally:
         remote.close()
