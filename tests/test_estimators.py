@@ -26,14 +26,12 @@ ESTIMATORS = [
     if isinstance(LinearSystem(1, 1), getattr(example, "requires", object))
 ]
 IDS = [discovery.name_of(type(e)) for e in ESTIMATORS]
-# compiling is most of what these tests do
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 # one jit for each class: jax (0.10) takes dataclasses of equal fields for equal
 @functools.cache
 def program(function, cls, static=()):
-    return jax.jit(function, static_argnames=static, compiler_options=QUICK)
+    return jax.jit(function, static_argnames=static)
 
 
 def estimate(estimator, theta, state, key):

@@ -99,8 +99,7 @@ def estimate(
         unroll_keys = jnp.broadcast_to(unroll_key, (2,))
         rollout, inner = on_both(theta, noise, problem.unroll, inner, unroll_keys)
         losses = jnp.mean(rollout.losses, axis=1)
-        info = {"diverged": jnp.any(rollout.diverged).astype(jnp.float32)}
-        info |= base.by_window(problem, pair.window, jnp.mean(losses))
+        info = base.by_window(problem, pair.window, jnp.mean(losses), rollout.diverged)
         window = jnp.where(rollout.done[0], 0, pair.window + 1)
         return (losses, credit, info), Pair(inner, carried, window, pair.episodes + fresh)
 

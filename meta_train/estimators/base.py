@@ -117,12 +117,27 @@ def mean_estimate(particles: Estimate) -> Estimate:
     return jax.tree.map(lambda x: jnp.mean(x, axis=0), Estimate(grad, particles.loss, info))
 
 
-def by_window(problem: InnerProblem, window: jax.Array, loss: jax.Array) -> dict[str, jax.Array]:
-    """Diagnostics [windows] of a particle whose `window`-th window of the episode had mean loss
-    `loss`.
+def no_episodes(estimator: ParticleEstimator, theta: Theta, key: Key) -> jax.Array:
+    """int32 [particles]: how many episodes each particle has had, the state of estimators that run
+    whole ones.
+    """
+    return jnp.zeros(estimator.particles, jnp.int32)
+
+
+def compares_particles(estimator: ParticleEstimator) -> bool:
+    """Whether all particles must be in one program."""
+    return getattr(estimator, "shaping", None) == "rank"
+
+
+def by_window(
+    problem: InnerProblem, window: jax.Array, loss: jax.Array, diverged: bool | jax.Array
+) -> dict[str, jax.Array]:
+    """Diagnostics, scalar and [windows], of a particle whose `window`-th window of the episode had
+    mean loss `loss`; `diverged` is of any shape, one entry per run.
     """
     here = jnp.arange(problem.windows) == window
     return {
+        "diverged": jnp.any(diverged).astype(jnp.float32),
         "loss_by_window": jnp.where(here, loss, 0.0),
         "share_by_window": here.astype(loss.dtype),
     }
@@ -156,7 +171,7 @@ def partition(estimator: ParticleEstimator, parts: int) -> list[ParticleEstimato
         raise ValueError(
             f"`parts` must be between 1 and the number of particles ({total}), got {parts}"
         )
-    if parts > 1 and getattr(estimator, "shaping", None) == "rank":
+    if parts > 1 and compares_particles(estimator):
         raise ValueError(
             "`shaping`='rank' compares all particles with each other, so it needs `workers` of at "
             f"most 1, got {parts}; the other shapings work with any number"

@@ -11,7 +11,7 @@ from jax import lax
 
 from learned_opt.base import Theta
 from meta_train.estimators import base
-from meta_train.estimators.truncated_es import Trajectory, init_trajectory
+from meta_train.estimators.truncated_es import Trajectory, after, begin, init_trajectory
 from meta_train.unroll import InnerProblem, Key, State
 
 
@@ -72,30 +72,26 @@ class BMG:
     def unrolls(self) -> int:
         return 1 + self.bootstrap
 
-    def init(self, theta: Theta, key: base.Key) -> Trajectory:
-        return init_trajectory(self, theta, key)
+    init = init_trajectory
 
     def estimate(
         self, theta: Theta, state: Trajectory, key: base.Key
     ) -> tuple[base.Estimate, Trajectory]:
         def particle(key, run):
             reset_key, unroll_key, target_key = jax.random.split(key, 3)
-            fresh = run.window == 0
 
             def distance(theta):
                 # the reset is inside: an initial state that depends on theta has its gradient
-                begun = self.problem.reset(theta, reset_key, run.episodes, True)
-                start = base.select(fresh, begun, run.inner)
+                start = begin(self.problem, theta, run, reset_key)
                 rollout, inner = self.problem.unroll(theta, start, unroll_key)
                 target = self.target(*lax.stop_gradient((theta, inner, rollout.done)), target_key)
                 return self.problem.distance(target, inner), (rollout, inner)
 
             (value, (rollout, inner)), grad = jax.value_and_grad(distance, has_aux=True)(theta)
-            loss, lost = jnp.mean(rollout.losses), jnp.any(rollout.diverged)
-            info = {"diverged": lost.astype(jnp.float32), "distance": value}
-            info |= base.by_window(self.problem, run.window, loss)
-            window = jnp.where(rollout.done, 0, run.window + 1)
-            return base.Estimate(grad, loss, info), Trajectory(inner, window, run.episodes + fresh)
+            loss = jnp.mean(rollout.losses)
+            info = base.by_window(self.problem, run.window, loss, rollout.diverged)
+            estimate = base.Estimate(grad, loss, info | {"distance": value})
+            return estimate, after(run, inner, rollout.done)
 
         estimates, state = base.over_particles(self, particle, key, state)
         return base.mean_estimate(estimates), state

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from learned_opt.base import Theta
 from meta_train.estimators import base
-from meta_train.estimators.truncated_es import Trajectory, init_trajectory
-from meta_train.unroll import InnerProblem, episode_loss
+from meta_train.estimators.truncated_es import Trajectory, after, begin, init_trajectory
+from meta_train.unroll import InnerProblem, Walk, episode_loss, in_a_row
 
 
 @jax.tree_util.register_dataclass
@@ -33,8 +33,7 @@ class TruncatedBPTT:
     def unrolls(self) -> int:
         return 1
 
-    def init(self, theta: Theta, key: base.Key) -> Trajectory:
-        return init_trajectory(self, theta, key)
+    init = init_trajectory
 
     def estimate(
         self, theta: Theta, state: Trajectory, key: base.Key
@@ -42,20 +41,15 @@ class TruncatedBPTT:
         def particle(key, run):
             reset_key, unroll_key = jax.random.split(key)
 
-            fresh = run.window == 0
-
             def loss(theta):
                 # the reset is inside: an initial state that depends on theta has its gradient
-                begun = self.problem.reset(theta, reset_key, run.episodes, True)
-                start = base.select(fresh, begun, run.inner)
+                start = begin(self.problem, theta, run, reset_key)
                 rollout, inner = self.problem.unroll(theta, start, unroll_key)
                 return jnp.mean(rollout.losses), (rollout.done, jnp.any(rollout.diverged), inner)
 
             (value, (done, lost, inner)), grad = jax.value_and_grad(loss, has_aux=True)(theta)
-            info = {"diverged": lost.astype(jnp.float32)}
-            info |= base.by_window(self.problem, run.window, value)
-            window = jnp.where(done, 0, run.window + 1)
-            return base.Estimate(grad, value, info), Trajectory(inner, window, run.episodes + fresh)
+            info = base.by_window(self.problem, run.window, value, lost)
+            return base.Estimate(grad, value, info), after(run, inner, done)
 
         estimates, state = base.over_particles(self, particle, key, state)
         return base.mean_estimate(estimates), state
@@ -81,18 +75,29 @@ class FullBPTT:
     def unrolls(self) -> int:
         return self.problem.windows
 
-    def init(self, theta: Theta, key: base.Key) -> jax.Array:
-        return jnp.zeros(self.particles, jnp.int32)
+    init = base.no_episodes
 
     def estimate(
         self, theta: Theta, state: jax.Array, key: base.Key
     ) -> tuple[base.Estimate, jax.Array]:
-        def particle(key, episode):
-            loss = lambda t: episode_loss(self.problem, t, key, episode)  # noqa: E731
-            (value, lost), grad = jax.value_and_grad(loss, has_aux=True)(theta)
-            return base.Estimate(grad, value, {"diverged": lost.astype(jnp.float32)})
+        return whole_episodes(self, theta, state, key)
 
-        return base.mean_estimate(base.over_particles(self, particle, key, state)), state + 1
+
+def whole_episodes(
+    estimator: base.ParticleEstimator,
+    theta: Theta,
+    state: jax.Array,
+    key: base.Key,
+    walk: Walk = in_a_row,
+) -> tuple[base.Estimate, jax.Array]:
+    """The exact gradient of every particle's next episode; `walk` decides what is stored."""
+
+    def particle(key, episode):
+        loss = lambda t: episode_loss(estimator.problem, t, key, episode, walk)  # noqa: E731
+        (value, lost), grad = jax.value_and_grad(loss, has_aux=True)(theta)
+        return base.Estimate(grad, value, {"diverged": lost.astype(jnp.float32)})
+
+    return base.mean_estimate(base.over_particles(estimator, particle, key, state)), state + 1
 
 
 EXAMPLES = (TruncatedBPTT(particles=4), FullBPTT(particles=4))

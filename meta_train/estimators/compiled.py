@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from learned_opt.base import Theta
-from meta_train.estimators.base import Estimate, Key, ParticleEstimator
+from meta_train.estimators.base import Estimate, Key, ParticleEstimator, compares_particles
 
 AXIS = "particles"
 SPLIT, WHOLE = PartitionSpec(AXIS), PartitionSpec()
@@ -66,7 +66,7 @@ def usable(estimator: ParticleEstimator, devices: Sequence[Any] | None) -> list[
         devices = jax.local_devices()
         if devices[0].platform == "cpu":
             devices = devices[: os.cpu_count()]
-    if getattr(estimator, "shaping", None) == "rank":
+    if compares_particles(estimator):
         return list(devices[:1])
     count = max(n for n in range(1, len(devices) + 1) if estimator.particles % n == 0)
     return list(devices[:count])

@@ -81,8 +81,7 @@ class DODGE:
                 unroll, (theta, floats), (direction, run.tangent), has_aux=True
             )
             grad = jax.tree.map(lambda v: slope * v, direction)
-            info = {"diverged": lost.astype(jnp.float32)}
-            info |= base.by_window(self.problem, run.window, loss)
+            info = base.by_window(self.problem, run.window, loss, lost)
             inner, window = merge(floats, others), jnp.where(done, 0, run.window + 1)
             run = Directional(inner, tangent, direction, window, run.episodes + fresh)
             return base.Estimate(grad, loss, info), run

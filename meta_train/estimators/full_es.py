@@ -35,8 +35,7 @@ class FullES:
     def unrolls(self) -> int:
         return 2 * self.problem.windows
 
-    def init(self, theta: Theta, key: base.Key) -> jax.Array:
-        return jnp.zeros(self.particles, jnp.int32)
+    init = base.no_episodes
 
     def estimate(
         self, theta: Theta, state: jax.Array, key: base.Key

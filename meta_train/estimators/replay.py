@@ -15,7 +15,8 @@ from jax import lax
 
 from learned_opt.base import Theta
 from meta_train.estimators import base
-from meta_train.unroll import InnerProblem, Walk, episode_loss
+from meta_train.estimators.bptt import whole_episodes
+from meta_train.unroll import InnerProblem, Walk
 
 
 @jax.tree_util.register_dataclass
@@ -46,21 +47,12 @@ class Replay:
     def unrolls(self) -> int:
         return self.problem.windows
 
-    def init(self, theta: Theta, key: base.Key) -> jax.Array:
-        return jnp.zeros(self.particles, jnp.int32)
+    init = base.no_episodes
 
     def estimate(
         self, theta: Theta, state: jax.Array, key: base.Key
     ) -> tuple[base.Estimate, jax.Array]:
-        def particle(key, episode):
-            def loss(theta):
-                return episode_loss(self.problem, theta, key, episode, tree(self.arity))
-
-            (value, lost), grad = jax.value_and_grad(loss, has_aux=True)(theta)
-            return base.Estimate(grad, value, {"diverged": lost.astype(jnp.float32)})
-
-        estimates = base.over_particles(self, particle, key, state)
-        return base.mean_estimate(estimates), state + 1
+        return whole_episodes(self, theta, state, key, tree(self.arity))
 
 
 def tree(arity: int) -> Walk:

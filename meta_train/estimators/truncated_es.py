@@ -34,6 +34,18 @@ def init_trajectory(estimator: base.ParticleEstimator, theta: Theta, key: base.K
     return base.over_particles(estimator, particle, key)
 
 
+def begin(problem: InnerProblem, theta: Theta, run: Trajectory, key: base.Key) -> Any:
+    """The inner state from which the particle's next window starts."""
+    begun = problem.reset(theta, key, run.episodes, True)
+    return base.select(run.window == 0, begun, run.inner)
+
+
+def after(run: Trajectory, inner: Any, done: jax.Array) -> Trajectory:
+    """The particle after its window, which led to `inner` and may have ended the episode."""
+    window = jnp.where(done, 0, run.window + 1)
+    return Trajectory(inner, window, run.episodes + (run.window == 0))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TruncatedES:
@@ -58,8 +70,7 @@ class TruncatedES:
     def unrolls(self) -> int:
         return 3
 
-    def init(self, theta: Theta, key: base.Key) -> Trajectory:
-        return init_trajectory(self, theta, key)
+    init = init_trajectory
 
     def estimate(
         self, theta: Theta, state: Trajectory, key: base.Key
@@ -67,18 +78,14 @@ class TruncatedES:
         def particle(key, run):
             noise_key, reset_key, unroll_key = jax.random.split(key, 3)
             noise = antithetic.noise_like(noise_key, theta, self.sigma)
-            fresh = run.window == 0
-            begun = self.problem.reset(theta, reset_key, run.episodes, True)
-            start = base.select(fresh, begun, run.inner)
+            start = begin(self.problem, theta, run, reset_key)
             unroll = lambda t: self.problem.unroll(t, start, unroll_key)  # noqa: E731
             pair, _ = antithetic.on_both(theta, noise, unroll)
             rollout, inner = unroll(theta)
             losses = jnp.mean(pair.losses, axis=1)
             lost = jnp.any(pair.diverged) | rollout.diverged
-            info = {"diverged": lost.astype(jnp.float32)}
-            info |= base.by_window(self.problem, run.window, jnp.mean(losses))
-            window = jnp.where(rollout.done, 0, run.window + 1)
-            return (losses, noise, info), Trajectory(inner, window, run.episodes + fresh)
+            info = base.by_window(self.problem, run.window, jnp.mean(losses), lost)
+            return (losses, noise, info), after(run, inner, rollout.done)
 
         shown, state = base.over_particles(self, particle, key, state)
         return antithetic.mean_estimate(self, *shown), state
