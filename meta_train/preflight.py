@@ -15,7 +15,7 @@ GIB = 2**30
 def check(
     estimator: ParticleEstimator, rule: LearnedOptimizer, available: int | None = None
 ) -> None:
-    """Traces an unroll and an estimate with `available` bytes of memory for all particles; None is
+    """Traces an estimate, with `available` bytes of memory for all particles; None is
     no limit.
 
     Raises:
@@ -23,13 +23,7 @@ def check(
         the particles need more memory than is available.
       Exception: whatever a task or a rule raise that do not fit.
     """
-    key = jax.random.key(0)
-    theta = jax.eval_shape(rule.init, key)
-
-    def unroll(problem, theta):
-        return problem.unroll(theta, problem.reset(theta, key), key)
-
-    jax.eval_shape(unroll, estimator.problem, theta)
+    theta = jax.eval_shape(rule.init, jax.random.key(0))
     if differentiates(estimator):
         needed = _predicted_if_differentiable(estimator, rule, theta)
     else:
@@ -59,6 +53,13 @@ def predicted_bytes(estimator: ParticleEstimator, theta: Theta) -> int:
 def _predicted_if_differentiable(
     estimator: ParticleEstimator, rule: LearnedOptimizer, theta: Theta
 ) -> int:
+    key = jax.random.key(0)
+
+    def unroll(problem, theta):
+        return problem.unroll(theta, problem.reset(theta, key), key)
+
+    # what fails without a derivative has another reason
+    jax.eval_shape(unroll, estimator.problem, theta)
     reason = "it declares that its gradients vanish"
     if getattr(rule, "differentiable", True):
         try:
