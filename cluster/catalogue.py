@@ -13,7 +13,7 @@ from cluster.cli import recipes
 from cluster.jobs import console
 from evaluation.baselines import BASELINES
 from learned_opt import artifact, base, discovery
-from tasks.data import EMBEDDED
+from tasks.sources import SOURCES
 from tasks.suites import SUITES
 
 
@@ -57,7 +57,7 @@ def _everything() -> Table:
         for name, member in sorted(discovery.members(package).items()):
             table.add_row(kind, name, _fields(member))
     for kind, names in (
-        ("dataset", [*EMBEDDED, "tfds:NAME"]),
+        ("dataset", [*SOURCES, "tfds:NAME"]),
         ("suite", SUITES),
         ("baseline", BASELINES),
         ("recipe", recipes()),

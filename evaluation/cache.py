@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from evaluation.atomic import replacing
 from evaluation.baselines import Baseline, Scheduled
-from tasks.base import Key, TaskFamily, train_step
+from tasks.base import Key, TaskFamily, behind, train_step
 from tasks.data import SPLITS, cache_directory
 
 SCHEMA = 2  # raise it when the same inputs would give other numbers
@@ -62,7 +62,8 @@ def _traced(same: _Same, make: Callable) -> bytes:
 
     def program(family: TaskFamily, key: Key, hyper: dict[str, jax.Array]) -> Any:
         """All that a training curve is made of, once."""
-        task, optimizer = family(key), Scheduled(make, steps=1)(hyper)
+        task = family(key)
+        optimizer = behind(task, Scheduled(make, steps=1)(hyper))
         params = task.init(key)
         batches = [task.batch(key, split) for split in SPLITS]
         stepped = train_step(task, optimizer, params, optimizer.init(params), batches[0])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tasks.base import Key, TaskFamily, classes, train_step
+from tasks.base import Key, TaskFamily, behind, classes, train_step
 
 Scalar = np.ndarray | np.floating | float
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
@@ -154,7 +154,7 @@ def _train(family, hypers, keys, *, make_optimizer, steps, evals, eval_batches, 
     def run(key, hyper):
         task_key, init_key, batch_key, eval_key = jax.random.split(key, 4)
         task = family(task_key)
-        optimizer = make_optimizer(hyper)
+        optimizer = behind(task, make_optimizer(hyper))
         params = task.init(init_key)
 
         def step(t, carry):

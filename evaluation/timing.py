@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from evaluation.curve import MakeOptimizer, check_family, compiler_options
-from tasks.base import Key, TaskFamily, classes, train_step
+from tasks.base import Key, TaskFamily, behind, classes, train_step
 
 
 def reference_adam(_) -> optax.GradientTransformation:
@@ -26,7 +26,7 @@ def _program(backend: str, family_classes: tuple):
 
 def _steps(family, key, count, *, make_optimizer):
     task = family(key)
-    params, optimizer = task.init(key), make_optimizer(None)
+    params, optimizer = task.init(key), behind(task, make_optimizer(None))
 
     def step(t, carry):
         batch = task.batch(jax.random.fold_in(key, t), "train")

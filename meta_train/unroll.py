@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from learned_opt.base import LearnedOptimizer, Theta
-from tasks.base import TaskFamily, train_step
+from tasks.base import TaskFamily, behind, train_step
 
 Key = jax.Array
 State = Any
@@ -134,11 +134,12 @@ class Training:
             cut = 1 + jnp.floor(windows * phase).astype(jnp.int32)
             end = jnp.where(jnp.equal(episode, 0), cut, windows)
         horizon = windows * self.truncation
-        params = self.family(task_key).init(init_key)
+        task = self.family(task_key)
+        params = task.init(init_key)
         return TrainingState(
             task=jax.random.key_data(task_key),
             params=params,
-            opt_state=self.rule.optimizer(theta, horizon).init(params),
+            opt_state=behind(task, self.rule.optimizer(theta, horizon)).init(params),
             step=jnp.zeros((), jnp.int32),
             end=end * self.truncation,
             horizon=horizon,
@@ -146,7 +147,7 @@ class Training:
 
     def unroll(self, theta: Theta, state: TrainingState, key: Key) -> tuple[Rollout, TrainingState]:
         task = self.family(jax.random.wrap_key_data(state.task))
-        optimizer = self.rule.optimizer(theta, state.horizon)
+        optimizer = behind(task, self.rule.optimizer(theta, state.horizon))
 
         def loss_on(split, params, key):
             return task.normalize(task.loss(params, task.batch(key, split)))

@@ -3,60 +3,35 @@
 import dataclasses
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from tasks.base import Key, Params, Split, relative_loss
+from tasks.base import Key, Params
 from tasks.data import Batch, Dataset, load
+from tasks.network import Network, NetworkTask, Objective
 
 Loss = Callable[[Any, jax.Array], jax.Array]  # (outputs, targets) -> scalar, or one per example
 
 
-class Model(Protocol):
-    """A model without state, as two functions. It is a static field, so it is hashable and compares
-    by value.
-    """
+class Model(Network, Protocol):
+    """A network that may turn out to hold what a task cannot."""
 
-    def init(self, key: Key, inputs: jax.Array) -> Params: ...
-
-    def apply(self, params: Params, inputs: jax.Array) -> Any: ...
-
-    def state(self, key: Key, inputs: jax.Array) -> Any:
+    def state(self, key: Key, inputs: Any) -> Any:
         """What the model holds besides parameters; a tree without leaves when nothing."""
         ...
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ModelTask:
-    """One model on one dataset. It is also the family whose only member it is: `task(key)` is
-    `task`.
-    """
+class _OfTargets:
+    """A loss of (outputs, targets) as that of an `Objective`."""
 
-    data: Dataset
-    model: Model = dataclasses.field(metadata={"static": True})
-    outputs_loss: Loss = dataclasses.field(metadata={"static": True})
-    batch_size: int = dataclasses.field(metadata={"static": True})
-    untrained: float = dataclasses.field(metadata={"static": True})
+    loss: Loss
 
-    def __call__(self, key: Key) -> "ModelTask":
-        return self
-
-    def init(self, key: Key) -> Params:
-        return self.model.init(key, jnp.zeros((1, *self.data.inputs.shape[1:])))
-
-    def batch(self, key: Key, split: Split) -> Batch:
-        return self.data.batch(key, split, self.batch_size)
-
-    def loss(self, params: Params, batch: Batch) -> jax.Array:
-        return jnp.mean(self.outputs_loss(self.model.apply(params, batch.inputs), batch.targets))
-
-    def normalize(self, loss: jax.Array) -> jax.Array:
-        return relative_loss(loss, self.untrained)
+    def __call__(self, outputs: Any, batch: Batch) -> jax.Array:
+        return self.loss(outputs, batch.targets)
 
 
 def from_flax(
@@ -66,7 +41,7 @@ def from_flax(
     *,
     batch_size: int = 64,
     untrained: float | None = None,
-) -> ModelTask:
+) -> NetworkTask:
     """A flax model as a family of one task.
 
     Args:
@@ -75,7 +50,8 @@ def from_flax(
       loss: (outputs, targets [batch] int32) -> a scalar, or one number per example, which are
         averaged.
       data: a dataset, or a name for `tasks.data.load`.
-      untrained: the loss that `normalize` maps to 1; log(classes) when None.
+      untrained: the loss that `normalize` maps to 1; when None that of the best constant
+        prediction, the entropy of the labels or the variance of real targets.
 
     `module` and `loss` become part of the jit key: pass the same objects (or equal ones) again and
     nothing is compiled anew.
@@ -87,13 +63,13 @@ def from_flax(
     from flax import linen, nnx
 
     if isinstance(module, linen.Module):
-        return _model_task(_Linen(module), loss, data, batch_size, untrained)
+        return _model_task(Linen(module), loss, data, batch_size, untrained)
     if isinstance(module, nnx.Module) or not callable(module):
         raise ValueError(
             "`module` must be a linen module or a function rngs -> nnx module, got "
             f"{type(module).__name__}; for nnx pass e.g. lambda rngs: Network(width=8, rngs=rngs)"
         )
-    return _model_task(_Nnx(module), loss, data, batch_size, untrained)
+    return _model_task(Nnx(module), loss, data, batch_size, untrained)
 
 
 def from_haiku(
@@ -103,7 +79,7 @@ def from_haiku(
     *,
     batch_size: int = 64,
     untrained: float | None = None,
-) -> ModelTask:
+) -> NetworkTask:
     """A haiku model, `hk.transform(f)` or `hk.without_apply_rng(hk.transform(f))`, as a family;
     else as `from_flax`.
     """
@@ -113,20 +89,20 @@ def from_haiku(
         raise ValueError(
             "`transformed` carries haiku state, which a task cannot hold; use hk.transform"
         )
-    return _model_task(_Haiku(transformed), loss, data, batch_size, untrained)
+    return _model_task(Haiku(transformed), loss, data, batch_size, untrained)
 
 
 def _model_task(
     model: Model, loss: Loss, data: Dataset | str, batch_size: int, untrained: float | None
-) -> ModelTask:
+) -> NetworkTask:
     data = load(data) if isinstance(data, str) else data
     try:
         hash((model, loss))
     except TypeError as error:
         raise ValueError(f"the model and `loss` must be hashable: {error}") from None
-    _check(model, tuple(data.inputs.shape[1:]))
-    untrained = math.log(data.classes) if untrained is None else untrained
-    return ModelTask(data, model, loss, batch_size, float(untrained))
+    _check(model, data.shape)
+    untrained = data.statistics.target if untrained is None else float(untrained)
+    return NetworkTask(data, model, Objective(_OfTargets(loss), untrained), batch_size)
 
 
 @functools.lru_cache(maxsize=128)
@@ -144,37 +120,37 @@ def _check(model: Model, shape: tuple[int, ...]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Linen:
+class Linen:
     module: Any
 
-    def init(self, key: Key, inputs: jax.Array) -> Params:
+    def init(self, key: Key, inputs: Any) -> Params:
         return self.module.init(key, inputs).get("params", {})
 
-    def apply(self, params: Params, inputs: jax.Array) -> Any:
-        return self.module.apply({"params": params}, inputs)
+    def apply(self, params: Params, inputs: Any, *activation: Any) -> Any:
+        return self.module.apply({"params": params}, inputs, *activation)
 
-    def state(self, key: Key, inputs: jax.Array) -> Any:
+    def state(self, key: Key, inputs: Any) -> Any:
         variables = self.module.init(key, inputs)
         return {name: tree for name, tree in variables.items() if name != "params"}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Nnx:
+class Nnx:
     """The parameters are nnx's pure dict; the graph, which is static, is the same for every key."""
 
     build: Callable[[Any], Any]
 
-    def init(self, key: Key, inputs: jax.Array) -> Params:
+    def init(self, key: Key, inputs: Any) -> Params:
         from flax import nnx
 
         return nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(key)), nnx.Param))
 
-    def apply(self, params: Params, inputs: jax.Array) -> Any:
+    def apply(self, params: Params, inputs: Any, *activation: Any) -> Any:
         from flax import nnx
 
-        return nnx.merge(_graph(self.build), params)(inputs)
+        return nnx.merge(_graph(self.build), params)(inputs, *activation)
 
-    def state(self, key: Key, inputs: jax.Array) -> Any:
+    def state(self, key: Key, inputs: Any) -> Any:
         from flax import nnx
 
         return nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(key)), nnx.Not(nnx.Param)))
@@ -188,16 +164,16 @@ def _graph(build: Callable[[Any], Any]) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Haiku:
+class Haiku:
     transformed: Any
 
-    def init(self, key: Key, inputs: jax.Array) -> Params:
+    def init(self, key: Key, inputs: Any) -> Params:
         return self.transformed.init(key, inputs)
 
-    def apply(self, params: Params, inputs: jax.Array) -> Any:
+    def apply(self, params: Params, inputs: Any, *activation: Any) -> Any:
         # hk.without_apply_rng drops the argument.
         takes_key = "rng" in inspect.signature(self.transformed.apply).parameters
-        return self.transformed.apply(params, *([None] if takes_key else []), inputs)
+        return self.transformed.apply(params, *([None] if takes_key else []), inputs, *activation)
 
-    def state(self, key: Key, inputs: jax.Array) -> Any:
+    def state(self, key: Key, inputs: Any) -> Any:
         return ()

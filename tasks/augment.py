@@ -1,99 +1,131 @@
-"""Reparametrisation: the same losses in rescaled coordinates, so that no scale can be relied on.
-
-The augmentation of VeLO (arXiv:2211.09760): the optimizer sees q, the model p = c * q with c drawn
-once per task.
+"""Augmentations: families made of families. Every one wraps the tasks of its family in an
+`AugmentedTask` and says in a `Change` what differs, so that they compose in any order.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from tasks.base import Batch, Key, Params, Split, Task, TaskFamily
-from tasks.data import synthetic, unknown_name
-from tasks.image_mlp import ImageMLP
+from tasks.base import Batch, Key, Params, Split, Task
 
-LEVELS = ("global", "tensor", "parameter")
+Drawn = Any  # a pytree: what an augmentation drew for one task
+Loss = Callable[[Params, Batch], jax.Array]
+
+
+def _same_params(drawn: Drawn, params: Params) -> Params:
+    del drawn
+    return params
+
+
+def _same_batch(drawn: Drawn, draw: Callable[[Key], Batch], key: Key) -> Batch:
+    del drawn
+    return draw(key)
+
+
+def _same_loss(drawn: Drawn, loss: Loss, params: Params, batch: Batch) -> jax.Array:
+    del drawn
+    return loss(params, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What an augmentation does, as functions of what was drawn for the task; by default nothing.
+
+    They are the functions of a module, never closures: a `Change` is static, and equal ones must
+    compare equal.
+
+    Attributes:
+      init: (drawn, initial params of the wrapped task) -> those of the augmented one.
+      batch: (drawn, key -> training batch of the wrapped task, key) -> training batch.
+      loss: (drawn, loss of the wrapped task, params, batch) -> loss.
+      wrapped_batch: batch -> the batch of the wrapped task in it.
+      gradients: drawn -> the transformation that stands before every optimizer.
+    """
+
+    init: Callable[[Drawn, Params], Params] = _same_params
+    batch: Callable[[Drawn, Callable[[Key], Batch], Key], Batch] = _same_batch
+    loss: Callable[[Drawn, Loss, Params, Batch], jax.Array] = _same_loss
+    wrapped_batch: Callable[[Batch], Batch] = lambda batch: batch
+    gradients: Callable[[Drawn], optax.GradientTransformation] | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ReparamTask:
-    """`task` in the coordinates q = p / scales. The loss at `init` is unchanged; the gradient is
-    multiplied by `scales`.
+class AugmentedTask:
+    """`task` with one `change`. Batches of the other splits than "train", and `normalize`, are
+    those of `task`. Its gradients are with respect to its own params, not to those of `task`.
     """
 
     task: Task
-    scales: Any  # the params' tree; scalars, or arrays of the params' shapes
+    drawn: Drawn
+    change: Change = dataclasses.field(metadata={"static": True})
 
     def init(self, key: Key) -> Params:
-        return jax.tree.map(lambda p, c: p / c.astype(p.dtype), self.task.init(key), self.scales)
+        return self.change.init(self.drawn, self.task.init(key))
 
     def batch(self, key: Key, split: Split) -> Batch:
-        return self.task.batch(key, split)
+        draw = functools.partial(self.task.batch, split=split)
+        return self.change.batch(self.drawn, draw, key) if split == "train" else draw(key)
 
     def loss(self, params: Params, batch: Batch) -> jax.Array:
-        return self.task.loss(self.model_params(params), batch)
+        return self.change.loss(self.drawn, self.task.loss, params, batch)
 
     def normalize(self, loss: jax.Array) -> jax.Array:
         return self.task.normalize(loss)
 
-    def model_params(self, params: Params) -> Params:
-        """What the wrapped task is given: scales * params."""
-        return jax.tree.map(lambda q, c: q * c.astype(q.dtype), params, self.scales)
-
-    # Properties, so that these two exist exactly when the wrapped task has them.
+    # Properties, so that these exist exactly when the wrapped task has them.
     @property
-    def smooth(self) -> Any:
+    def smooth(self) -> Loss:
         smooth = self.task.smooth  # pyright: ignore[reportAttributeAccessIssue]
-        return lambda params, batch: smooth(self.model_params(params), batch)
+        return functools.partial(self.change.loss, self.drawn, smooth)
 
     @property
-    def extra_args(self) -> Any:
-        """As the wrapped task gives them: one that speaks of its parameters (a prox) still means p,
-        not q.
+    def extra_args(self) -> Callable[[Batch], dict[str, Any]]:
+        """As the wrapped task gives them: one that speaks of its parameters (a prox) still means
+        those of the wrapped task.
         """
-        return self.task.extra_args  # pyright: ignore[reportAttributeAccessIssue]
+        extra_args = self.task.extra_args  # pyright: ignore[reportAttributeAccessIssue]
+        return lambda batch: extra_args(self.change.wrapped_batch(batch))
+
+    @property
+    def gradients(self) -> optax.GradientTransformation:
+        """The wrapped task's first, then that of the change; there is none if neither has one."""
+        if self.change.gradients is None:
+            return self.task.gradients  # pyright: ignore[reportAttributeAccessIssue]
+        own, inner = self.change.gradients(self.drawn), getattr(self.task, "gradients", None)
+        return own if inner is None else optax.chain(inner, own)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Reparam:
-    """Family -> family. Scales are log-uniform in `scale`: one per task (global), per tensor, or
-    per parameter.
-    """
-
-    family: TaskFamily
-    level: str = dataclasses.field(default="global", metadata={"static": True})
-    scale: tuple[float, float] = dataclasses.field(default=(1e-3, 1e3), metadata={"static": True})
-
-    def __post_init__(self) -> None:
-        if self.level not in LEVELS:
-            raise ValueError(unknown_name("level", self.level, LEVELS))
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"`scale` must be (low, high) with 0 < low <= high, got {self.scale}")
-
-    def __call__(self, key: Key) -> ReparamTask:
-        key_task, key_scales = jax.random.split(key)
-        task = self.family(key_task)
-        leaves, tree = jax.tree.flatten(jax.eval_shape(task.init, key))
-        low, high = map(math.log, self.scale)
-
-        def draw(key: Key, shape: tuple[int, ...]) -> jax.Array:
-            return jnp.exp(jax.random.uniform(key, shape, minval=low, maxval=high))
-
-        if self.level == "global":
-            scales = [draw(key_scales, ())] * len(leaves)
-        else:
-            keys = jax.random.split(key_scales, len(leaves))
-            full = self.level == "parameter"
-            scales = [draw(k, p.shape if full else ()) for k, p in zip(keys, leaves, strict=True)]
-        return ReparamTask(task, jax.tree.unflatten(tree, scales))
+def wide(tree: Any) -> Any:
+    """Leaves of less than float32 as float32: augmentations compute in no less."""
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
-EXAMPLES = tuple(
-    Reparam(ImageMLP(data=synthetic(), hidden=(4,), batch_size=16), level, (0.5, 2.0))
-    for level in LEVELS
-)
+def log_uniform_count(key: Key, between: tuple[int, int]) -> jax.Array:
+    """int32 in [low, high], n with a probability proportional to log((n + 1) / n)."""
+    low, high = between
+    count = jnp.floor(low * ((high + 1) / low) ** jax.random.uniform(key))
+    return jnp.clip(count, low, high).astype(jnp.int32)
+
+
+def check_range(name: str, between: tuple[float, float], most: float = math.inf) -> None:
+    """Raises ValueError if the field `name` is not a range of positive numbers."""
+    low, high = between
+    if not (0 < low <= high <= most and high < math.inf):
+        limit = "" if most == math.inf else f" <= {most:g}"
+        raise ValueError(f"`{name}` must be (low, high) with 0 < low <= high{limit}, got {between}")
+
+
+def check_counts(name: str, between: tuple[int, int]) -> None:
+    """Raises ValueError if the field `name` is not a range of positive integers."""
+    low, high = between
+    if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high):
+        raise ValueError(
+            f"`{name}` must be integers (low, high) with 1 <= low <= high, got {between}"
+        )

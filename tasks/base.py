@@ -26,7 +26,8 @@ class Task(Protocol):
 
     A task whose optimizer needs more than the loss gradient may also define `smooth(params,
     batch)`, the part of the loss that is differentiated, and `extra_args(batch)`, keywords merged
-    into the optimizer's `update`. Other tasks define neither.
+    into the optimizer's `update`. One that alters its gradients has `gradients`, the optax
+    transformation that stands before every optimizer, see `behind`. Other tasks define none.
     """
 
     def init(self, key: Key) -> Params: ...
@@ -68,6 +69,12 @@ def relative_loss(loss: jax.Array, untrained: float | jax.Array) -> jax.Array:
     return jnp.clip(jnp.where(jnp.isfinite(ratio), ratio, 2.0), 0.0, 2.0)
 
 
+def behind(task: Task, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`optimizer`, given what the task makes of its gradients: what trains a task in all places."""
+    gradients = getattr(task, "gradients", None)
+    return optimizer if gradients is None else optax.chain(gradients, optimizer)
+
+
 def train_step(
     task: Task,
     optimizer: optax.GradientTransformation,
@@ -76,6 +83,7 @@ def train_step(
     batch: Batch,
 ) -> tuple[Params, optax.OptState, jax.Array]:
     """One inner training step, the only one: meta-training, evaluation and the examples share it.
+    `optimizer` is `behind` the task.
 
     Returns:
       The new params, the new optimizer state, and the loss (scalar) on `batch` before the step,

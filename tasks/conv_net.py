@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tasks.adapters import ModelTask, from_flax
+from tasks.adapters import from_flax
 from tasks.base import Key
 from tasks.data import Dataset, load, synthetic
 from tasks.losses import cross_entropy
+from tasks.network import NetworkTask
 
 
 def windows(images: jax.Array) -> jax.Array:
@@ -70,7 +71,7 @@ class ConvNet:
         if isinstance(self.data, str):  # otherwise a dataset, or one of jax's placeholders
             object.__setattr__(self, "data", load(self.data))
 
-    def __call__(self, key: Key) -> ModelTask:
+    def __call__(self, key: Key) -> NetworkTask:
         assert isinstance(self.data, Dataset)
         shape = self.data.inputs.shape[1:]
         if len(shape) not in (2, 3):

@@ -9,17 +9,17 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tasks.base import Key, Split
+from tasks.sources import SOURCES, Rows, prototypes
 
 SPLITS = ("train", "valid", "test")
 PARTS = ("meta_train", "held_out")
-EMBEDDED = ("digits", "breast_cancer", "wine", "iris", "synthetic")
 
 
 def cache_directory() -> Path:
@@ -32,12 +32,12 @@ class Batch(NamedTuple):
     targets: jax.Array  # [size] int32
 
 
-class Rows(NamedTuple):
-    """What a source yields, before rows are permuted and split."""
+class Statistics(NamedTuple):
+    """Of the training split: what predictions that look at no input cost, for `Task.normalize`."""
 
-    inputs: np.ndarray  # [N, ...]
-    targets: np.ndarray  # [N] integers
-    classes: int
+    target: float  # entropy of the labels in nats, or the variance of real targets (1)
+    variance: float  # of the inputs (uint8 taken as [0, 1]), mean over their entries
+    entropy: float  # of pixels taken as chances, each at its mean, mean over pixels; NaN for tables
 
 
 # Compared by identity: `load` returns the same object for the same name, and arrays have no cheap
@@ -48,23 +48,35 @@ class Dataset:
     """Labelled rows, permuted once; each split is a range of them, and no two splits share a row.
 
     Images are [N, H, W] or [N, H, W, C], uint8 or float32 in [0, 1]. Tabular rows are [N, features]
-    float32, standardised with the mean and deviation of the train split. Its `repr` is that of its
-    name, which `load` turns back into the same rows.
+    float32, standardised with the mean and deviation of the train split, as are real targets. Its
+    `repr` is that of its name, which `load` turns back into the same rows.
     """
 
     inputs: np.ndarray | jax.Array
-    targets: np.ndarray | jax.Array  # [N] int32
+    targets: np.ndarray | jax.Array  # [N] int32, or float32 where `classes` is 0
     name: str = dataclasses.field(metadata={"static": True})
     splits: tuple[tuple[int, int], ...] = dataclasses.field(metadata={"static": True})
     classes: int = dataclasses.field(metadata={"static": True})
+    statistics: Statistics = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of one row's inputs."""
+        return tuple(self.inputs.shape[1:])
+
+    def example(self) -> jax.Array:
+        """[1, *shape] zeros."""
+        return jnp.zeros((1, *self.shape))
 
     def batch(self, key: Key, split: Split, size: int) -> Batch:
         """`size` rows of `split`, drawn with replacement; uint8 becomes float32 in [0, 1]."""
-        if split not in SPLITS:
-            raise ValueError(unknown_name("split", split, SPLITS))
-        start, stop = self.splits[SPLITS.index(split)]
-        # the remainder's bias is below rows / 2**32
-        rows = (random_words(key, size) % np.uint32(stop - start)).astype(jnp.int32) + start
+        return self.take(self.rows(key, split, size))
+
+    def rows(self, key: Key, split: Split, size: int, subset: float | jax.Array = 1.0) -> jax.Array:
+        """int32 [size] numbers of rows of the first `subset` of `split`, drawn with replacement."""
+        return random_rows(key, self.splits, split, size, subset)
+
+    def take(self, rows: jax.Array) -> Batch:
         inputs = jnp.asarray(self.inputs).at[rows].get(mode="promise_in_bounds")
         targets = jnp.asarray(self.targets).at[rows].get(mode="promise_in_bounds")
         if inputs.dtype == jnp.uint8:
@@ -82,16 +94,39 @@ class Dataset:
         return repr(self.name)
 
 
+def random_rows(
+    key: Key,
+    splits: tuple[tuple[int, int], ...],
+    split: Split,
+    size: int,
+    subset: float | jax.Array = 1.0,
+) -> jax.Array:
+    """int32 [size] uniform on the first `subset` of the range of `split`."""
+    if split not in SPLITS:
+        raise ValueError(unknown_name("split", split, SPLITS))
+    start, stop = splits[SPLITS.index(split)]
+    count = np.uint32(stop - start)
+    if not isinstance(subset, float) or subset != 1.0:
+        count = jnp.ceil(subset * (stop - start)).astype(jnp.uint32)
+    # the remainder's bias is below rows / 2**32
+    return (random_words(key, size) % count).astype(jnp.int32) + start
+
+
 def random_words(key: Key, size: int) -> jax.Array:
-    """[size] uint32 from a key: its words and the index, hashed by the finaliser of MurmurHash3.
+    """[size] uint32 from a key: its words and the index, hashed.
 
     A step of training draws its rows in one small loop. Threefry, five rounds of loops on CPUs,
     takes a tenth of the time of a small network's step; keys still come from it.
     """
     words = jax.random.key_data(key).reshape(-1)
-    hashed = jnp.arange(size, dtype=jnp.uint32)
-    for i in range(len(words)):
-        hashed ^= words[i]
+    return hash_words([words[i] for i in range(len(words))], jnp.arange(size, dtype=jnp.uint32))
+
+
+def hash_words(words: Iterable[jax.Array | np.uint32], values: jax.Array) -> jax.Array:
+    """uint32 like `values`, hashed with every one of `words` by the finaliser of MurmurHash3."""
+    hashed = values
+    for word in words:
+        hashed ^= word
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
             hashed = (hashed ^ (hashed >> shift)) * np.uint32(factor)
         hashed ^= hashed >> 16
@@ -115,14 +150,24 @@ def unknown_name(argument: str, got: object, known: Iterable[str]) -> str:
     return f"unknown `{argument}` {got!r}.{hint} Known: {', '.join(known)}."
 
 
+def load_field(family: Any) -> None:
+    """For a family's `__post_init__`: what is named in its field `data` is loaded, and its
+    `batch_size` checked.
+    """
+    # jax rebuilds pytrees with placeholders for `data`, so only a name is looked at
+    if isinstance(family.data, str):
+        object.__setattr__(family, "data", load(family.data))
+    if not isinstance(family.batch_size, int) or family.batch_size < 1:
+        raise ValueError(f"`batch_size` must be a positive integer, got {family.batch_size!r}")
+
+
 @functools.lru_cache(maxsize=32)
 def load(name: str) -> Dataset:
     """The dataset called `SOURCE[@HxW][/PART]`; a name always gives the same object.
 
-    SOURCE is digits [N, 8, 8], breast_cancer [N, 30], wine [N, 13], iris [N, 4], synthetic [N, 4,
-    4], or tfds:NAME (see tasks/tfds_source.py). @HxW resizes images. PART is meta_train or
-    held_out: two fixed halves that share no row, each with its own train, valid and test split (70,
-    15, 15 %); without PART all rows are used.
+    SOURCE is one of `tasks.sources.SOURCES`, or tfds:NAME (see tasks/tfds_source.py). @HxW resizes
+    images. PART is meta_train or held_out: two fixed halves that share no row, each with its own
+    train, valid and test split (70, 15, 15 %); without PART all rows are used.
 
     Raises:
       ValueError: no such dataset, or one that cannot be resized; the message lists what exists.
@@ -141,7 +186,7 @@ def load(name: str) -> Dataset:
     size = (int(matched["height"]), int(matched["width"])) if matched["height"] else None
     if source == "synthetic" and not size and not part:
         return synthetic()
-    return _split(name, _rows(source, size), part)
+    return split(name, _rows(source, size), part)
 
 
 def _rows(source: str, size: tuple[int, int] | None) -> Rows:
@@ -149,18 +194,10 @@ def _rows(source: str, size: tuple[int, int] | None) -> Rows:
         from tasks.tfds_source import read
 
         return read(source.removeprefix("tfds:"), size)
-    if source not in EMBEDDED:
-        raise ValueError(unknown_name("name", source, (*EMBEDDED, "tfds:NAME")))
-    rows = _synthetic_rows(3, (4, 4), 120, 0) if source == "synthetic" else _sklearn_rows(source)
+    if source not in SOURCES:
+        raise ValueError(unknown_name("name", source, (*SOURCES, "tfds:NAME")))
+    rows = SOURCES[source].read()
     return rows if size is None else rows._replace(inputs=resized(rows.inputs, size))
-
-
-def _sklearn_rows(source: str) -> Rows:
-    from sklearn import datasets
-
-    bunch = getattr(datasets, f"load_{source}")()
-    inputs = bunch.images / 16 if source == "digits" else bunch.data
-    return Rows(inputs.astype(np.float32), bunch.target, len(bunch.target_names))
 
 
 def resized(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -185,41 +222,71 @@ def resized(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.moveaxis(stacked, 1, -1).reshape(len(images), height, width, *images.shape[3:])
 
 
-def _split(name: str, rows: Rows, part: str) -> Dataset:
+def split(name: str, rows: Rows, part: str = "") -> Dataset:
+    """The rows as a dataset: permuted by a fixed seed, and cut into its splits.
+
+    Raises:
+      ValueError: there are too few rows.
+    """
     order = np.random.default_rng(0).permutation(len(rows.inputs))
     half = len(order) // 2
     order = {"": order, "meta_train": order[:half], "held_out": order[half:]}[part]
     count, train, valid = len(order), int(0.7 * len(order)), int(0.85 * len(order))
     if not 0 < train < valid < count:
         raise ValueError(f"`name` {name!r} has only {count} rows, too few for three splits")
-    inputs = np.asarray(rows.inputs)[order]
+    inputs, targets = np.asarray(rows.inputs)[order], np.asarray(rows.targets)[order]
     if inputs.ndim == 2:
-        mean, deviation = inputs[:train].mean(axis=0), inputs[:train].std(axis=0)
-        inputs = (inputs - mean[None]) / np.where(deviation > 0, deviation, 1)[None]
+        inputs = _standardised(inputs, train)
     if inputs.dtype != np.uint8:
         inputs = inputs.astype(np.float32)
+    targets = targets.astype(np.int32) if rows.classes else _standardised(targets, train)
     splits = ((0, train), (train, valid), (valid, count))
-    return Dataset(inputs, rows.targets[order].astype(np.int32), name, splits, rows.classes)
+    statistics = _statistics(inputs[:train], targets[:train], rows.classes)
+    return Dataset(
+        inputs,
+        targets.astype(np.int32 if rows.classes else np.float32),
+        name,
+        splits,
+        rows.classes,
+        statistics,
+    )
+
+
+def _standardised(values: np.ndarray, train: int) -> np.ndarray:
+    mean, deviation = values[:train].mean(axis=0), values[:train].std(axis=0)
+    return (values - mean[None]) / np.where(deviation > 0, deviation, 1)[None]
+
+
+def _statistics(inputs: np.ndarray, targets: np.ndarray, classes: int) -> Statistics:
+    scale = 255.0 if inputs.dtype == np.uint8 else 1.0
+    mean = inputs.mean(axis=0, dtype=np.float64) / scale
+    if classes:
+        target = entropy(np.bincount(targets, minlength=classes))
+    else:
+        target = float(targets.var(dtype=np.float64))
+    pixels = entropy(np.stack([mean, 1 - mean])) if inputs.ndim > 2 else math.nan
+    variance = float(inputs.var(axis=0, dtype=np.float64).mean()) / scale**2
+    return Statistics(target, variance, pixels)
+
+
+def entropy(counts: np.ndarray) -> float:
+    """In nats, of the distribution over the first axis that is proportional to `counts`; the mean
+    over the others.
+    """
+    chances = counts / counts.sum(axis=0, keepdims=True)
+    logs = np.log(chances, out=np.zeros_like(chances), where=chances > 0)
+    return float(-(chances * logs).sum(axis=0).mean())
 
 
 @functools.lru_cache(maxsize=32)
 def synthetic(
     classes: int = 3, shape: tuple[int, ...] = (4, 4), rows: int = 120, seed: int = 0
 ) -> Dataset:
-    """A tiny procedural dataset for tests and examples: a random image in [0, 1] per class, and
-    noise.
+    """A tiny procedural dataset for tests and examples, see `sources.prototypes`.
 
     With the default sizes its name is 'synthetic', which `load` knows; others cannot be loaded by
     name.
     """
     sizes = (classes, shape, rows, seed)
     default = sizes == (3, (4, 4), 120, 0)
-    return _split("synthetic" if default else f"synthetic{sizes}", _synthetic_rows(*sizes), "")
-
-
-def _synthetic_rows(classes: int, shape: tuple[int, ...], rows: int, seed: int) -> Rows:
-    random = np.random.default_rng(seed)
-    prototypes = random.uniform(size=(classes, math.prod(shape)))
-    targets = random.integers(classes, size=rows)
-    noisy = prototypes[targets] + 0.2 * random.standard_normal((rows, math.prod(shape)))
-    return Rows(np.clip(noisy, 0, 1).astype(np.float32).reshape(rows, *shape), targets, classes)
+    return split("synthetic" if default else f"synthetic{sizes}", prototypes(*sizes))

@@ -6,10 +6,11 @@ import functools
 import haiku as hk
 import jax
 
-from tasks.adapters import ModelTask, from_haiku
+from tasks.adapters import from_haiku
 from tasks.base import Key
 from tasks.data import Dataset, load, synthetic, unknown_name
 from tasks.losses import cross_entropy
+from tasks.network import NetworkTask
 
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jax.nn.tanh, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
@@ -42,7 +43,7 @@ class HaikuMLP:
         if self.activation not in ACTIVATIONS:
             raise ValueError(unknown_name("activation", self.activation, ACTIVATIONS))
 
-    def __call__(self, key: Key) -> ModelTask:
+    def __call__(self, key: Key) -> NetworkTask:
         assert isinstance(self.data, Dataset)
         network = _network((*self.hidden, self.data.classes), self.activation)
         return from_haiku(network, cross_entropy, self.data, batch_size=self.batch_size)

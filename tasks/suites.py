@@ -5,12 +5,17 @@ from collections.abc import Callable
 from tasks.base import TaskFamily
 from tasks.conv_net import ConvNet
 from tasks.data import unknown_name
+from tasks.dynamic import Dynamic
 from tasks.haiku_mlp import HaikuMLP
 from tasks.image_mlp import ImageMLP
 
 
 def _train_quick() -> dict[str, TaskFamily]:
-    return {"digits_mlp": ImageMLP(data="digits/meta_train", hidden=(32,), init_scale=(0.3, 3.0))}
+    return {
+        "digits_mlp": ImageMLP(
+            data="digits/meta_train", hidden=(32,), dynamic=Dynamic(init_scale=(0.3, 3.0))
+        )
+    }
 
 
 def _heldout_quick() -> dict[str, TaskFamily]:

@@ -16,7 +16,8 @@ from typing import Any
 import filelock
 import numpy as np
 
-from tasks.data import EMBEDDED, Rows, cache_directory, resized, sha256
+from tasks.data import cache_directory, resized, sha256
+from tasks.sources import SOURCES, Rows
 
 LOOKUP_SECONDS = 3.0
 
@@ -89,7 +90,7 @@ def _prepared(name: str, size: tuple[int, int] | None, data_dir: str | None) -> 
         first = str(error).partition("\n")[0]
         raise ValueError(
             f"`name` 'tfds:{name}': TFDS cannot find it ({first}) Its names are listed by "
-            f"tensorflow_datasets.list_builders(); embedded datasets: {', '.join(EMBEDDED)}."
+            f"tensorflow_datasets.list_builders(); embedded datasets: {', '.join(SOURCES)}."
         ) from None
     if not builder.is_prepared():
         _prepare(builder, name)
@@ -127,7 +128,7 @@ def _offline(builder: Any, name: str, reason: str) -> str:
     return (
         f"`name` 'tfds:{name}' is not prepared in {builder.data_path}, and downloading it failed: "
         f"{reason}. Prepare it with file_format='array_record' on a machine with network and set "
-        f"TFDS_DATA_DIR to that folder, or use an embedded dataset: {', '.join(EMBEDDED)}."
+        f"TFDS_DATA_DIR to that folder, or use an embedded dataset: {', '.join(SOURCES)}."
     )
 
 

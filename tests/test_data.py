@@ -16,6 +16,9 @@ import tensorflow_datasets as tfds
 from tasks import data, tfds_source
 
 
+NO_STATISTICS = data.Statistics(0.0, 0.0, 0.0)
+
+
 class TinyImages(tfds.core.GeneratorBasedBuilder):
     """40 constant 6x6 images of brightness 5 * row, labelled row % 4."""
 
@@ -83,7 +86,9 @@ def test_batches_are_rows_of_their_split_with_their_targets():
 
 def test_uint8_rows_become_floats_in_the_unit_interval():
     inputs = np.arange(256, dtype=np.uint8).reshape(256, 1, 1)
-    dataset = data.Dataset(inputs, np.zeros(256, np.int32), "bytes", ((0, 256),) * 3, 2)
+    dataset = data.Dataset(
+        inputs, np.zeros(256, np.int32), "bytes", ((0, 256),) * 3, 2, NO_STATISTICS
+    )
     batch = dataset.batch(jax.random.key(0), "train", 2000)
     assert batch.inputs.dtype == np.float32
     assert float(batch.inputs.min()) == 0

@@ -12,6 +12,7 @@ import tasks
 from learned_opt import discovery
 from tasks.base import train_step
 from tasks.data import SPLITS, Batch, synthetic
+from tasks.dynamic import Dynamic
 from tasks.image_mlp import ImageMLP
 from tasks.quadratic import Quadratic
 from tasks.suites import suite
@@ -109,7 +110,9 @@ def test_datasets_are_arguments_not_constants():
 
 
 def test_mlp_by_hand():
-    family = ImageMLP(data=synthetic(), hidden=(5,), batch_size=16, init_scale=(0.3, 0.3))
+    family = ImageMLP(
+        data=synthetic(), hidden=(5,), batch_size=16, dynamic=Dynamic(init_scale=(0.3, 0.3))
+    )
     task = family(jax.random.key(0))
     params = task.init(jax.random.key(1))
     batch = task.batch(jax.random.key(2), "train")
@@ -119,7 +122,9 @@ def test_mlp_by_hand():
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     expected = -np.log(probabilities[np.arange(16), batch.targets]).mean()
     np.testing.assert_allclose(task.loss(params, batch), expected, rtol=1e-5)
-    np.testing.assert_allclose(task.normalize(np.log(3)), 1, rtol=1e-6)
+    shares = np.bincount(family.data.targets[slice(*family.data.splits[0])]) / 84
+    entropy = -np.sum(shares * np.log(shares))
+    np.testing.assert_allclose(task.normalize(entropy), 1, rtol=1e-6)
     assert w0.std() == pytest.approx(0.3 / 4, rel=0.3)
 
 

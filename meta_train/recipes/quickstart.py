@@ -4,7 +4,7 @@ from meta_train.recipes.base import Recipe
 
 RECIPE = Recipe(
     rule="small_fc(hidden=4)",
-    task="image_mlp(data='digits/meta_train', hidden=(32,), init_scale=(0.3, 3.0))",
+    task="image_mlp(data='digits/meta_train', dynamic=dynamic(init_scale=(0.3, 3.0)))",
     estimator="nres(particles=32, sigma=0.01)",
     horizon=(200, 1000),
     truncation=50,
