@@ -139,7 +139,7 @@ def cached(path: Path, names: tuple[str, ...], compute: Callable[[], Arrays]) ->
     A file that is truncated, damaged (zip checksums) or lacks a name is computed again and
     replaced. Writing is atomic, so two processes may share a directory.
     """
-    stored = _read(path, names)
+    stored = read(path, names)
     if stored is not None:
         return stored
     arrays = compute()
@@ -148,7 +148,7 @@ def cached(path: Path, names: tuple[str, ...], compute: Callable[[], Arrays]) ->
     return {name: np.asarray(arrays[name]) for name in names}
 
 
-def _read(path: Path, names: tuple[str, ...]) -> Arrays | None:
+def read(path: Path, names: tuple[str, ...]) -> Arrays | None:
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in names}

@@ -114,7 +114,7 @@ def _compile(optimizer: optax.GradientTransformation, arguments) -> _Compiled:
     # donated, and the results of a program are arrays of their own.
     state = jax.jit(optimizer.init)(arguments[1])
     update = jax.jit(_update(optimizer), donate_argnums=0)
-    with _no_compilation_cache():
+    with no_compilation_cache():
         began = time.perf_counter()
         program = update.lower(state, *arguments).compile()
         compile_s = time.perf_counter() - began
@@ -158,7 +158,7 @@ def _bytes(tree: Any) -> int:
 
 
 @contextlib.contextmanager
-def _no_compilation_cache() -> Iterator[None]:
+def no_compilation_cache() -> Iterator[None]:
     """JAX's persistent compilation cache, neither read nor written in the block."""
     enabled = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
     try:

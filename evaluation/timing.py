@@ -21,10 +21,10 @@ def reference_adam(_) -> optax.GradientTransformation:
 def _program(backend: str, family_classes: tuple):
     del family_classes  # one jit each, see `tasks.base.classes`
     options = compiler_options(backend)
-    return jax.jit(_steps, static_argnames="make_optimizer", compiler_options=options)
+    return jax.jit(steps, static_argnames="make_optimizer", compiler_options=options)
 
 
-def _steps(family, key, count, *, make_optimizer):
+def steps(family, key, count, *, make_optimizer):
     task = family(key)
     params, optimizer = task.init(key), behind(task, make_optimizer(None))
 
