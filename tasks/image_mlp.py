@@ -30,10 +30,11 @@ class Layers:
             for i, shape in enumerate(itertools.pairwise(sizes))
         }
 
-    def apply(self, params: Params, inputs: Any, activation: Any = jax.nn.relu) -> jax.Array:
+    def apply(self, params: Params, inputs: Any, *activation: Any) -> jax.Array:
+        (activate,) = activation or (jax.nn.relu,)
         x = inputs.reshape(len(inputs), -1)
         for i in range(len(self.widths)):
-            x = activation(x) if i else x
+            x = activate(x) if i else x
             x = x @ params[f"linear_{i}"]["w"] + params[f"linear_{i}"]["b"][None]
         return x
 
