@@ -10,7 +10,7 @@ import learned_opt
 import meta_train.estimators
 import tasks
 from cluster.cli import recipes
-from cluster.jobs import console
+from cluster.console import console
 from evaluation.baselines import BASELINES
 from learned_opt import artifact, base, discovery
 from tasks.sources import SOURCES

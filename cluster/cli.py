@@ -13,6 +13,7 @@ import jax
 import tyro
 
 import meta_train.recipes
+from cluster.console import console
 from cluster.devices import one_per_core
 from learned_opt import discovery
 from meta_train.recipes.base import Recipe
@@ -53,6 +54,8 @@ class MetaTrain:
     """Ray cluster to join, "auto" or host:port; None starts the workers on this machine."""
     checkpoint_every: int = 100
     """Outer steps between checkpoints."""
+    time_budget: float | None = None
+    """Leave out tasks of a suite whose inner step is predicted to take more seconds than this."""
     resume: bool = False
     """Go on with the run in --run-dir, by the recipe it was started with."""
 
@@ -66,8 +69,9 @@ class MetaTrain:
             address=self.address,
             resume=self.resume,
             checkpoint_every=self.checkpoint_every,
+            time_budget=self.time_budget,
         )
-        jobs.console.print(
+        console.print(
             f"exported {path}\n"
             f"judge it: learned-opt evaluate --optimizer {path} --out-dir {self.run_dir}"
         )
@@ -77,7 +81,8 @@ class MetaTrain:
 class Evaluate:
     """Judge optimizers on held-out tasks beside baselines tuned for each task.
 
-    Writes results.json and report.html. The tuning of baselines is cached on disk.
+    Writes results.json and report.html. The tuning of baselines is cached on disk, baseline by
+    baseline: the same command goes on from there, be it after Ctrl-C or with other optimizers.
 
     Example: learned-opt evaluate --optimizer runs/mine/theta.safetensors --out-dir runs/mine
     """
@@ -94,12 +99,26 @@ class Evaluate:
     """Baselines to tune and compare with. Adam always is."""
     out_dir: Path = Path("runs/evaluate")
     """Directory for results.json and report.html."""
+    time_budget: float | None = None
+    """Leave out tasks whose inner step is predicted to take more seconds than this."""
+    workers: int = 0
+    """Ray workers of one core each; 0 runs in this process, on all its cores, without Ray."""
+    address: str | None = None
+    """Ray cluster to join, "auto" or host:port; None starts the workers on this machine."""
 
     def run(self) -> None:
-        from cluster import jobs
+        from cluster.evaluate import evaluate
 
-        jobs.evaluate(
-            self.optimizer, self.suite, self.steps, self.seeds, self.baselines, self.out_dir
+        evaluate(
+            self.optimizer,
+            self.suite,
+            self.steps,
+            self.seeds,
+            self.baselines,
+            self.out_dir,
+            workers=self.workers,
+            address=self.address,
+            time_budget=self.time_budget,
         )
 
 
@@ -121,12 +140,11 @@ class Quickstart:
 
     def run(self) -> None:
         from cluster import jobs
+        from cluster.evaluate import evaluate
 
         recipe = recipes()["quickstart"]
         path = jobs.run(recipe, self.run_dir, workers=self.workers, resume=self.resume)
-        jobs.evaluate(
-            (str(path),), "heldout/quick", 500, self.seeds, ("baselines/quick",), self.run_dir
-        )
+        evaluate((str(path),), "heldout/quick", 500, self.seeds, ("baselines/quick",), self.run_dir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +158,9 @@ class Report:
     """Directory with a results.json."""
 
     def run(self) -> None:
-        from cluster import jobs
+        from cluster.evaluate import report
 
-        jobs.console.print(f"wrote {jobs.report(self.run_dir)}")
+        console.print(f"wrote {report(self.run_dir)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +205,7 @@ class Convert:
     def run(self) -> None:
         from cluster import jobs
 
-        jobs.console.print(f"wrote {jobs.convert(self.files, self.rule, self.licence, self.out)}")
+        console.print(f"wrote {jobs.convert(self.files, self.rule, self.licence, self.out)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +223,25 @@ class Export:
     def run(self) -> None:
         from cluster import jobs
 
-        jobs.console.print(f"exported {jobs.export_latest(self.run_dir, self.out)}")
+        console.print(f"exported {jobs.export_latest(self.run_dir, self.out)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """List the tasks of the suites with their size, cost on this machine, data and licence.
+
+    Example: learned-opt tasks heldout/small --measure
+    """
+
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """A suite; without it, all."""
+    measure: bool = False
+    """Measure what was never measured on this machine, some seconds for each task."""
+
+    def run(self) -> None:
+        from cluster import task_table
+
+        task_table.show(self.name, self.measure)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +268,7 @@ COMMANDS = {
     "cost": Cost,
     "convert": Convert,
     "export": Export,
+    "tasks": Tasks,
     "show": Show,
 }
 
@@ -292,7 +329,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("LEARNED_OPT_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)  # LEARNED_OPT_TRACEBACK=1 shows from where
+        notes = [n for n in getattr(error, "__notes__", ()) if n.startswith("This is of")]
+        print("error:", error, *notes, file=sys.stderr)  # LEARNED_OPT_TRACEBACK=1 shows from where
         sys.exit(2)
 
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 import learned_opt
 from cluster import run_directory
-from cluster.jobs import console, progress
+from cluster.console import console, progress
 from evaluation import cost as update_cost
 from evaluation.atomic import replacing
 from learned_opt import artifact, discovery

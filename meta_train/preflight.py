@@ -2,21 +2,24 @@
 the estimator cannot differentiate, too little memory. All is traced; nothing is compiled or run.
 """
 
+from typing import Any
+
 import jax
 
 from learned_opt.base import LearnedOptimizer, Theta
 from learned_opt.discovery import name_of
 from meta_train import memory
 from meta_train.estimators.base import ParticleEstimator
+from meta_train.estimators.mixture import Mixture, members
 
 GIB = 2**30
 
 
 def check(
-    estimator: ParticleEstimator, rule: LearnedOptimizer, available: int | None = None
+    estimator: ParticleEstimator | Mixture, rule: LearnedOptimizer, available: int | None = None
 ) -> None:
-    """Traces an estimate, with `available` bytes of memory for all particles; None is
-    no limit.
+    """Traces an estimate (a mixture's: each member's), with `available` bytes of memory for all
+    particles; None is no limit.
 
     Raises:
       ValueError: the estimator differentiates through the rule, which is not differentiable; or
@@ -24,12 +27,43 @@ def check(
       Exception: whatever a task or a rule raise that do not fit.
     """
     theta = jax.eval_shape(rule.init, jax.random.key(0))
-    if differentiates(estimator):
-        needed = _predicted_if_differentiable(estimator, rule, theta)
-    else:
-        needed = predicted_bytes(estimator, theta)
+    needs = []
+    for i, member in enumerate(members(estimator)):
+        try:
+            needs.append(_needed(member, rule, theta))
+        except Exception as error:
+            if isinstance(estimator, Mixture):
+                error.add_note(f"This is of the task {estimator.names[i]}.")
+            raise
+    needed = _together(members(estimator), needs, theta)
     if available is not None and needed > available:
-        raise ValueError(_too_large(estimator, needed, available))
+        raise ValueError(_too_large(estimator, needs, needed, available))
+
+
+def _needed(estimator: ParticleEstimator, rule: LearnedOptimizer, theta: Theta) -> int:
+    if differentiates(estimator):
+        return _predicted_if_differentiable(estimator, rule, theta)
+    return predicted_bytes(estimator, theta)
+
+
+def _together(estimators: tuple[ParticleEstimator, ...], needs: list[int], theta: Theta) -> int:
+    """Memory for estimates one after another: all data, each array once, and all states, before
+    and after; and beside these the most that one estimate stores.
+    """
+    if len(needs) == 1:
+        return needs[0]
+    states = [2 * _bytes(jax.eval_shape(e.init, theta, jax.random.key(0))) for e in estimators]
+    beside = [
+        need - state - _bytes(e) for need, state, e in zip(needs, states, estimators, strict=True)
+    ]
+    arrays = {id(leaf): leaf for leaf in jax.tree.leaves(estimators)}
+    return _bytes(list(arrays.values())) + sum(states) + max(beside)
+
+
+def _bytes(tree: Any) -> int:
+    """Of its arrays, or their shapes."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def differentiates(estimator: ParticleEstimator) -> bool:
@@ -73,10 +107,16 @@ def _predicted_if_differentiable(
     )
 
 
-def _too_large(estimator: ParticleEstimator, needed: int, available: int) -> str:
-    fields, advice = f"`particles` {estimator.particles}", "fewer `particles`"
-    truncation = getattr(estimator.problem, "truncation", None)
-    if estimator.backpropagates and truncation:
+def _too_large(
+    estimator: ParticleEstimator | Mixture, needs: list[int], needed: int, available: int
+) -> str:
+    largest = members(estimator)[needs.index(max(needs))]
+    fields, advice = f"`particles` {largest.particles}", "fewer `particles`"
+    truncation = getattr(largest.problem, "truncation", None)
+    if len(needs) > 1:
+        fields += f" for each of {len(needs)} tasks"
+        advice += ", fewer tasks"
+    if largest.backpropagates and truncation:
         fields += f" with `truncation` {truncation}"
         advice += ", a shorter `truncation`, or an estimator such as nres, which stores no steps"
     return (

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from learned_opt.base import LearnedOptimizer, Theta
-from tasks.base import TaskFamily, behind, train_step
+from tasks.base import TaskFamily, behind, scan_steps, train_step
 
 Key = jax.Array
 State = Any
@@ -149,24 +149,26 @@ class Training:
         task = self.family(jax.random.wrap_key_data(state.task))
         optimizer = behind(task, self.rule.optimizer(theta, state.horizon))
 
-        def loss_on(split, params, key):
-            return task.normalize(task.loss(params, task.batch(key, split)))
+        def draw(task, key):
+            valid = self.objective == "mean_valid"
+            held_out = task.batch(jax.random.fold_in(key, 1), "valid") if valid else None
+            return task.batch(key, "train"), held_out
 
-        def step(carry, key):
-            batch = task.batch(key, "train")
+        def step(carry, batches):
+            batch, held_out = batches
             params, opt_state, loss = train_step(task, optimizer, carry[0], carry[1], batch)
-            loss = task.normalize(loss)
-            if self.objective == "mean_valid":
-                loss = loss_on("valid", params, jax.random.fold_in(key, 1))
-            return (params, opt_state), loss
+            if held_out is not None:
+                loss = task.loss(params, held_out)
+            return (params, opt_state), task.normalize(loss)
 
-        body = jax.checkpoint(step) if self.remat else step
         keys = jax.random.split(key, self.truncation)
-        (params, opt_state), losses = lax.scan(body, (state.params, state.opt_state), keys)
+        carry = state.params, state.opt_state
+        (params, opt_state), losses = scan_steps(step, carry, task, draw, keys, self.remat)
         count, last = state.step + self.truncation, losses[-1]
         if self.objective in ("final", "final_valid"):
             if self.objective == "final_valid":
-                last = loss_on("valid", params, jax.random.fold_in(keys[-1], 1))
+                batch = task.batch(jax.random.fold_in(keys[-1], 1), "valid")
+                last = task.normalize(task.loss(params, batch))
             # the mean over the episode is the last loss; one that is cut short has none
             final = jnp.where(count == state.horizon, state.horizon * last, 0.0)
             losses = jnp.zeros_like(losses).at[-1].set(final)

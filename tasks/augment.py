@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 
 from tasks.base import Batch, Key, Params, Split, Task
 
@@ -26,6 +27,10 @@ def _same_params(drawn: Drawn, params: Params) -> Params:
 def _same_batch(drawn: Drawn, draw: Callable[[Key], Batch], key: Key) -> Batch:
     del drawn
     return draw(key)
+
+
+def _itself(batch: Batch) -> Batch:
+    return batch
 
 
 def _same_loss(drawn: Drawn, loss: Loss, params: Params, batch: Batch) -> jax.Array:
@@ -51,7 +56,7 @@ class Change:
     init: Callable[[Drawn, Params], Params] = _same_params
     batch: Callable[[Drawn, Callable[[Key], Batch], Key], Batch] = _same_batch
     loss: Callable[[Drawn, Loss, Params, Batch], jax.Array] = _same_loss
-    wrapped_batch: Callable[[Batch], Batch] = lambda batch: batch
+    wrapped_batch: Callable[[Batch], Batch] = _itself
     gradients: Callable[[Drawn], optax.GradientTransformation] | None = None
 
 
@@ -102,9 +107,22 @@ class AugmentedTask:
         return own if inner is None else optax.chain(inner, own)
 
 
-def wide(tree: Any) -> Any:
-    """Leaves of less than float32 as float32: augmentations compute in no less."""
-    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+def at_least_float32(tree: Any) -> Any:
+    """`tree` with its floating leaves cast where they have less: augmentations compute in that."""
+
+    def cast(x: jax.Array) -> jax.Array:
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if floating else x
+
+    return jax.tree.map(cast, tree)
+
+
+def normal_like(key: Key, tree: Any) -> Any:
+    """Standard normal numbers in the shapes and the one dtype of `tree`, all from one draw:
+    generators are much of what there is to compile.
+    """
+    flat, unravel = ravel_pytree(tree)
+    return unravel(jax.random.normal(key, flat.shape, flat.dtype))
 
 
 def log_uniform_count(key: Key, between: tuple[int, int]) -> jax.Array:

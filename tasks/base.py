@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tasks import stream
+
 Key = jax.Array
 Params = Any
 Batch = Any
@@ -56,6 +58,34 @@ def classes(tree: Any) -> tuple:
         return ()
     inner = [classes(getattr(tree, field.name)) for field in dataclasses.fields(tree)]
     return type(tree), *inner
+
+
+def streams(task: Any) -> bool:
+    """Whether data of the task stay on the host, see `tasks.stream`."""
+    return bool(stream.host_arrays(task))
+
+
+def scan_steps(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    carry: Any,
+    task: Task,
+    draw: Callable[[Task, Key], Any],
+    keys: Key,
+    remat: bool = False,
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` of `step(carry, draw(task, key))` over keys [K]: `draw` gives the batches of a
+    step. Those of a task that streams come to the device many steps at a time.
+
+    Args:
+      remat: keep only the carries for backpropagation (and of a task that streams, its rows).
+    """
+    if streams(task):
+        return stream.scan_blocks(step, carry, task, draw, keys, remat)
+
+    def body(carry: Any, key: Key) -> tuple[Any, Any]:
+        return step(carry, draw(task, key))
+
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, keys)
 
 
 def relative_loss(loss: jax.Array, untrained: float | jax.Array) -> jax.Array:

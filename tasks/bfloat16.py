@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from tasks.augment import AugmentedTask, Change, Loss, wide
+from tasks.augment import AugmentedTask, Change, Loss, at_least_float32
 from tasks.base import Batch, Key, Params, TaskFamily
 from tasks.data import synthetic
 from tasks.image_mlp import ImageMLP
@@ -22,7 +22,7 @@ def _init(drawn: None, params: Params) -> Params:
 
 def _loss(drawn: None, loss: Loss, params: Params, batch: Batch) -> jax.Array:
     del drawn
-    return loss(wide(params), batch)
+    return loss(at_least_float32(params), batch)
 
 
 ROUNDED = Change(init=_init, loss=_loss)
@@ -30,7 +30,7 @@ ROUNDED = Change(init=_init, loss=_loss)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class BFloat16:
+class Bfloat16:
     """Family -> family. Params, gradients and updates are bfloat16; the wrapped task computes in
     float32.
     """
@@ -41,4 +41,4 @@ class BFloat16:
         return AugmentedTask(self.family(key), None, ROUNDED)
 
 
-EXAMPLES = (BFloat16(ImageMLP(data=synthetic(), hidden=(4,), batch_size=16)),)
+EXAMPLES = (Bfloat16(ImageMLP(data=synthetic(), hidden=(4,), batch_size=16)),)

@@ -1,59 +1,42 @@
-"""A small convolutional network in flax nnx; its convolutions are matrix products, for speed."""
+"""A small convolutional network in flax nnx, VeLO's second family (arXiv:2211.09760)."""
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tasks.adapters import from_flax
 from tasks.base import Key
-from tasks.data import Dataset, load, synthetic
-from tasks.losses import cross_entropy
+from tasks.data import Dataset, load_field, synthetic
+from tasks.dynamic import Dynamic
+from tasks.fields import positive_integers
+from tasks.images import image_shape, windows, with_channels
+from tasks.losses import outputs, predict
 from tasks.network import NetworkTask
-
-
-def windows(images: jax.Array) -> jax.Array:
-    """The 3x3 windows of [B, H, W, C] images, stride 2, zeros outside: [B, ceil(H / 2), ceil(W /
-    2), 9 * C].
-    """
-    height, width = images.shape[1:3]
-    padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shifts = [padded[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)]
-    return jnp.concatenate(shifts, axis=-1)
+from tasks.nnx_network import nnx_network
 
 
 class Network(nnx.Module):
-    """relu(convolution 3x3, stride 2) per entry of `channels`, then the mean over positions and a
-    linear layer.
+    """A convolution 3x3 of stride 2 and the activation per entry of `channels`, then the mean over
+    positions and a linear layer.
     """
 
-    def __init__(self, inputs: int, channels: tuple[int, ...], classes: int, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, channels: tuple[int, ...], outputs: int, rngs: nnx.Rngs):
         sizes = (inputs, *channels)
-        # A batched convolution with a kernel per particle takes XLA's slow path on CPU: 3x the
-        # time, 3x the compilation.
         self.layers = nnx.List(
-            [nnx.Linear(9 * a, b, rngs=rngs) for a, b in zip(sizes[:-1], channels, strict=True)]
+            [nnx.Linear(9 * a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)]
         )
-        self.head = nnx.Linear(sizes[-1], classes, rngs=rngs)
+        self.head = nnx.Linear(sizes[-1], outputs, rngs=rngs)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
-        x = images if images.ndim == 4 else images[..., None]
+    def __call__(
+        self, images: jax.Array, activation: Callable[[jax.Array], jax.Array] = jax.nn.relu
+    ) -> jax.Array:
+        x = with_channels(images)
         for layer in self.layers:
-            x = jax.nn.relu(layer(windows(x)))
+            x = activation(layer(windows(x, stride=2)))
         return self.head(jnp.mean(x, axis=(1, 2)))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Build:
-    """Compares by value, unlike a lambda, so that equal families share one compiled program."""
-
-    inputs: int
-    channels: tuple[int, ...]
-    classes: int
-
-    def __call__(self, rngs: nnx.Rngs) -> Network:
-        return Network(self.inputs, self.channels, self.classes, rngs)
 
 
 @jax.tree_util.register_dataclass
@@ -66,18 +49,23 @@ class ConvNet:
     data: Dataset | str = "digits/held_out"
     channels: tuple[int, ...] = dataclasses.field(default=(8, 16), metadata={"static": True})
     batch_size: int = dataclasses.field(default=64, metadata={"static": True})
+    dynamic: Dynamic = dataclasses.field(default=Dynamic(), metadata={"static": True})
 
     def __post_init__(self) -> None:
-        if isinstance(self.data, str):  # otherwise a dataset, or one of jax's placeholders
-            object.__setattr__(self, "data", load(self.data))
+        load_field(self)
+        positive_integers(self, "channels")
 
     def __call__(self, key: Key) -> NetworkTask:
         assert isinstance(self.data, Dataset)
-        shape = self.data.inputs.shape[1:]
-        if len(shape) not in (2, 3):
-            raise ValueError(f"`data` must hold images, got rows of shape {shape} in {self.data!r}")
-        build = _Build(shape[2] if len(shape) == 3 else 1, self.channels, self.data.classes)
-        return from_flax(build, cross_entropy, self.data, batch_size=self.batch_size)
+        inputs = image_shape(self.data)[-1]
+        return NetworkTask(
+            self.data,
+            nnx_network(Network, inputs, self.channels, outputs(self.data)),
+            predict(self.data),
+            self.batch_size,
+            self.dynamic,
+            self.dynamic.draw(key),
+        )
 
 
 EXAMPLES = (ConvNet(data=synthetic(), channels=(4,), batch_size=16),)

@@ -17,9 +17,12 @@ import numpy as np
 
 from tasks.base import Key, Split
 from tasks.sources import SOURCES, Rows, prototypes
+from tasks.stream import CHUNK, HostArray, hash_rows
 
 SPLITS = ("train", "valid", "test")
 PARTS = ("meta_train", "held_out")
+STREAM = "stream:"
+LARGE = 2**28  # bytes; what is smaller fits every device
 
 
 def cache_directory() -> Path:
@@ -50,9 +53,11 @@ class Dataset:
     Images are [N, H, W] or [N, H, W, C], uint8 or float32 in [0, 1]. Tabular rows are [N, features]
     float32, standardised with the mean and deviation of the train split, as are real targets. Its
     `repr` is that of its name, which `load` turns back into the same rows.
+
+    Inputs that are a `HostArray` stay on the host; the targets, four bytes a row, never do.
     """
 
-    inputs: np.ndarray | jax.Array
+    inputs: np.ndarray | jax.Array | HostArray
     targets: np.ndarray | jax.Array  # [N] int32, or float32 where `classes` is 0
     name: str = dataclasses.field(metadata={"static": True})
     splits: tuple[tuple[int, int], ...] = dataclasses.field(metadata={"static": True})
@@ -77,18 +82,24 @@ class Dataset:
         return random_rows(key, self.splits, split, size, subset)
 
     def take(self, rows: jax.Array) -> Batch:
-        inputs = jnp.asarray(self.inputs).at[rows].get(mode="promise_in_bounds")
-        targets = jnp.asarray(self.targets).at[rows].get(mode="promise_in_bounds")
+        inputs, targets = self.inputs, jnp.asarray(self.targets)
+        if isinstance(inputs, np.ndarray | jax.Array):
+            inputs = jnp.asarray(inputs).at[rows].get(mode="promise_in_bounds")
+        else:
+            inputs = inputs.take(rows)
+        targets = targets.at[rows].get(mode="promise_in_bounds")
         if inputs.dtype == jnp.uint8:
             inputs = inputs.astype(jnp.float32) / 255
         return Batch(inputs, targets)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal SHA-256 of rows, splits and number of classes: a key for caches."""
-        return sha256(
-            np.asarray(self.inputs), np.asarray(self.targets), (self.splits, self.classes)
-        )
+        """Hexadecimal SHA-256 of rows, splits and number of classes: a key for caches. It does not
+        depend on where the rows are.
+        """
+        inputs = self.inputs
+        inputs = inputs if isinstance(inputs, HostArray) else np.asarray(inputs)
+        return sha256(inputs, np.asarray(self.targets), (self.splits, self.classes))
 
     def __repr__(self) -> str:
         return repr(self.name)
@@ -133,11 +144,8 @@ def hash_words(words: Iterable[jax.Array | np.uint32], values: jax.Array) -> jax
     return hashed
 
 
-def sha256(inputs: np.ndarray, targets: np.ndarray, rest: object) -> str:
-    digest = hashlib.sha256()
-    for array in (inputs, targets):
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+def sha256(inputs: np.ndarray | HostArray, targets: np.ndarray, rest: object) -> str:
+    digest = hash_rows(hash_rows(hashlib.sha256(), inputs), targets)
     digest.update(repr(rest).encode())
     return digest.hexdigest()
 
@@ -161,32 +169,46 @@ def load_field(family: Any) -> None:
         raise ValueError(f"`batch_size` must be a positive integer, got {family.batch_size!r}")
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache
 def load(name: str) -> Dataset:
-    """The dataset called `SOURCE[@HxW][/PART]`; a name always gives the same object.
+    """The dataset called `[stream:]SOURCE[@HxW][/PART]`; a name always gives the same object.
 
     SOURCE is one of `tasks.sources.SOURCES`, or tfds:NAME (see tasks/tfds_source.py). @HxW resizes
     images. PART is meta_train or held_out: two fixed halves that share no row, each with its own
     train, valid and test split (70, 15, 15 %); without PART all rows are used.
 
+    With stream: come the same rows, splits and batches, for data that are larger than the device:
+    inputs stay in the host's memory, those of TFDS in the file of the cache (but rows that are
+    tables are standardised in memory), and go to the device when they are needed. Meta-training
+    fetches those of many steps at a time, in the background; elsewhere each step waits for its own.
+    What fits the device is faster without.
+
     Raises:
-      ValueError: no such dataset, or one that cannot be resized; the message lists what exists.
+      ValueError: no such dataset, or one that cannot be resized; the message lists what exists. Or
+        it has more bytes than the device has memory.
       ConnectionError: a TFDS dataset that is not on this machine, and no network.
     """
-    body, _, part = name.rpartition("/")
+    rest = name.removeprefix(STREAM)
+    body, _, part = rest.rpartition("/")
     if part not in PARTS:
         # What follows the slash of tfds:NAME/CONFIG is TFDS's to understand.
-        if body and not name.startswith("tfds:"):
-            raise ValueError(unknown_name("name", name, [f"{body}/{known}" for known in PARTS]))
-        body, part = name, ""
+        if body and not rest.startswith("tfds:"):
+            raise ValueError(unknown_name("name", rest, [f"{body}/{known}" for known in PARTS]))
+        body, part = rest, ""
     matched = re.fullmatch(r"(?P<source>[^@]+)(?:@(?P<height>[1-9]\d*)x(?P<width>[1-9]\d*))?", body)
     if matched is None:
-        raise ValueError(f"`name` {name!r} is not of the form SOURCE[@HxW][/PART], as digits@4x4")
+        raise ValueError(
+            f"`name` {name!r} is not of the form [{STREAM}]SOURCE[@HxW][/PART], as digits@4x4"
+        )
     source = matched["source"]
     size = (int(matched["height"]), int(matched["width"])) if matched["height"] else None
-    if source == "synthetic" and not size and not part:
+    if source == "synthetic" and not size and rest == name == source:
         return synthetic()
     return split(name, _rows(source, size), part)
+
+
+def _inputs(name: str) -> Any:
+    return load(name).inputs
 
 
 def _rows(source: str, size: tuple[int, int] | None) -> Rows:
@@ -195,7 +217,7 @@ def _rows(source: str, size: tuple[int, int] | None) -> Rows:
 
         return read(source.removeprefix("tfds:"), size)
     if source not in SOURCES:
-        raise ValueError(unknown_name("name", source, (*SOURCES, "tfds:NAME")))
+        raise ValueError(unknown_name("name", source, (*SOURCES, "tfds:NAME", "stream:NAME")))
     rows = SOURCES[source].read()
     return rows if size is None else rows._replace(inputs=resized(rows.inputs, size))
 
@@ -226,7 +248,7 @@ def split(name: str, rows: Rows, part: str = "") -> Dataset:
     """The rows as a dataset: permuted by a fixed seed, and cut into its splits.
 
     Raises:
-      ValueError: there are too few rows.
+      ValueError: there are too few rows, or too many bytes for the device.
     """
     order = np.random.default_rng(0).permutation(len(rows.inputs))
     half = len(order) // 2
@@ -234,22 +256,37 @@ def split(name: str, rows: Rows, part: str = "") -> Dataset:
     count, train, valid = len(order), int(0.7 * len(order)), int(0.85 * len(order))
     if not 0 < train < valid < count:
         raise ValueError(f"`name` {name!r} has only {count} rows, too few for three splits")
-    inputs, targets = np.asarray(rows.inputs)[order], np.asarray(rows.targets)[order]
-    if inputs.ndim == 2:
-        inputs = _standardised(inputs, train)
+    inputs, targets = rows.inputs, np.asarray(rows.targets)[order]
     if inputs.dtype != np.uint8:
-        inputs = inputs.astype(np.float32)
+        inputs = inputs.astype(np.float32, copy=False)
+    if inputs.ndim == 2:
+        inputs, order = _standardised(inputs[order], train).astype(np.float32), np.arange(count)
+    if name.startswith(STREAM):
+        inputs = HostArray(inputs, order, origin=(_inputs, (name,)))
+    else:
+        _check_fits(name, inputs.nbytes // len(inputs) * count)
+        inputs = np.asarray(inputs[order])
     targets = targets.astype(np.int32) if rows.classes else _standardised(targets, train)
     splits = ((0, train), (train, valid), (valid, count))
-    statistics = _statistics(inputs[:train], targets[:train], rows.classes)
     return Dataset(
         inputs,
         targets.astype(np.int32 if rows.classes else np.float32),
         name,
         splits,
         rows.classes,
-        statistics,
+        _statistics(inputs, targets, train, rows.classes),
     )
+
+
+def _check_fits(name: str, size: int) -> None:
+    if size < LARGE:  # no backend is started for these
+        return
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is not None and size > limit:
+        raise ValueError(
+            f"`name` {name!r} has {size / 2**30:.3g} GiB of rows, and the device has "
+            f"{limit / 2**30:.3g} GiB of memory: {STREAM + name!r} leaves them on the host"
+        )
 
 
 def _standardised(values: np.ndarray, train: int) -> np.ndarray:
@@ -257,16 +294,22 @@ def _standardised(values: np.ndarray, train: int) -> np.ndarray:
     return (values - mean[None]) / np.where(deviation > 0, deviation, 1)[None]
 
 
-def _statistics(inputs: np.ndarray, targets: np.ndarray, classes: int) -> Statistics:
-    scale = 255.0 if inputs.dtype == np.uint8 else 1.0
-    mean = inputs.mean(axis=0, dtype=np.float64) / scale
+def _statistics(
+    inputs: np.ndarray | HostArray, targets: np.ndarray, train: int, classes: int
+) -> Statistics:
+    total, squares = np.zeros(inputs.shape[1:]), np.zeros(inputs.shape[1:])
+    for start in range(0, train, CHUNK):
+        part = inputs[start : min(start + CHUNK, train)].astype(np.float64)
+        part /= 255 if inputs.dtype == np.uint8 else 1
+        total += part.sum(axis=0)
+        squares += np.square(part).sum(axis=0)
+    mean = total / train
     if classes:
-        target = entropy(np.bincount(targets, minlength=classes))
+        target = entropy(np.bincount(targets[:train], minlength=classes))
     else:
-        target = float(targets.var(dtype=np.float64))
-    pixels = entropy(np.stack([mean, 1 - mean])) if inputs.ndim > 2 else math.nan
-    variance = float(inputs.var(axis=0, dtype=np.float64).mean()) / scale**2
-    return Statistics(target, variance, pixels)
+        target = float(targets[:train].var(dtype=np.float64))
+    pixels = entropy(np.stack([mean, 1 - mean])) if len(inputs.shape) > 2 else math.nan
+    return Statistics(target, float((squares / train - np.square(mean)).mean()), pixels)
 
 
 def entropy(counts: np.ndarray) -> float:

@@ -83,20 +83,22 @@ class Dynamic:
             )
 
     def draw(self, key: Key) -> Drawn:
-        keys = Drawn(*(jax.random.fold_in(key, i) for i in range(len(Drawn._fields))))
+        which, scale, fraction, subset, noise, l2, labels = (
+            jax.random.fold_in(key, i) for i in range(len(Drawn._fields))
+        )
         activation, seed = np.zeros((), np.int32), np.zeros((), np.uint32)
         if len(self.activation) > 1:
-            activation = jax.random.randint(keys.activation, (), 0, len(self.activation))
+            activation = jax.random.randint(which, (), 0, len(self.activation))
         if self.label_noise[1]:
-            seed = jax.random.bits(keys.seed)
+            seed = jax.random.bits(labels)
         return Drawn(
-            activation,
-            log_uniform(keys.init_scale, self.init_scale),
-            uniform(keys.batch_fraction, self.batch_fraction),
-            log_uniform(keys.subset, self.subset),
-            uniform(keys.label_noise, self.label_noise),
-            log_uniform(keys.l2, self.l2),
-            seed,
+            activation=activation,
+            init_scale=log_uniform(scale, self.init_scale),
+            batch_fraction=uniform(fraction, self.batch_fraction),
+            subset=log_uniform(subset, self.subset),
+            label_noise=uniform(noise, self.label_noise),
+            l2=log_uniform(l2, self.l2),
+            seed=seed,
         )
 
     def activations(self, drawn: Drawn) -> tuple[Callable[[jax.Array], jax.Array], ...]:

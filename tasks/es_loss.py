@@ -6,14 +6,22 @@ An augmentation of VeLO (arXiv:2211.09760).
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from tasks.augment import AugmentedTask, Change, Loss, check_counts, check_range, log_uniform_count
-from tasks.augment import wide as in_float32
+from tasks.augment import (
+    AugmentedTask,
+    Change,
+    Loss,
+    at_least_float32,
+    check_counts,
+    check_range,
+    log_uniform_count,
+    normal_like,
+)
 from tasks.base import Batch, Key, Params, TaskFamily
 from tasks.data import synthetic
 from tasks.dynamic import log_uniform
@@ -50,12 +58,12 @@ def smoothed(
     def estimate(params: Params) -> tuple[jax.Array, Params]:
         def add(total: tuple[jax.Array, Params], i: jax.Array):
             value, gradient = total
-            noise = optax.tree.random_like(jax.random.fold_in(key, i), params, jax.random.normal)
+            noise = normal_like(jax.random.fold_in(key, i), params)
             # a pair that does not count stays where it is, and so has a slope of 0
             share = jnp.where(i < smoothing.pairs, 1.0 / smoothing.pairs, 0.0)
             std = jnp.where(i < smoothing.pairs, smoothing.std, 0.0)
-            plus = loss(optax.tree.add_scale(params, std, noise))
-            minus = loss(optax.tree.add_scale(params, -std, noise))
+            along = lambda step: loss(optax.tree.add_scale(params, step, noise))  # noqa: E731
+            plus, minus = jax.vmap(along)(jnp.stack([std, -std]))
             slope = share * (plus - minus) / (2 * smoothing.std)
             gradient = optax.tree.add_scale(gradient, slope, noise)
             return (value + share * (plus + minus) / 2, gradient), None
@@ -65,12 +73,12 @@ def smoothed(
 
     @jax.custom_jvp
     def mean(params: Params) -> jax.Array:
-        return estimate(in_float32(params))[0]
+        return estimate(at_least_float32(params))[0]
 
     @mean.defjvp
-    def _(primals: tuple[Params], tangents: tuple[Params]) -> tuple[jax.Array, jax.Array]:
-        value, gradient = estimate(in_float32(primals[0]))
-        return value, optax.tree.vdot(gradient, in_float32(tangents[0]))
+    def _(primals: tuple[Params], tangents: tuple[Params]) -> tuple[jax.Array, Any]:
+        value, gradient = estimate(at_least_float32(primals[0]))
+        return value, optax.tree.vdot(gradient, at_least_float32(tangents[0]))
 
     return mean
 

@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tasks.augment import AugmentedTask, Change, check_counts, check_range, log_uniform_count, wide
+from tasks.augment import (
+    AugmentedTask,
+    Change,
+    at_least_float32,
+    check_counts,
+    check_range,
+    log_uniform_count,
+    normal_like,
+)
 from tasks.base import Key, TaskFamily
 from tasks.data import synthetic
 from tasks.dynamic import log_uniform
@@ -22,13 +30,13 @@ Gradients = Any
 
 
 def _transformation(
-    init: Callable[[Any], Any], update: Callable[[Gradients, Any], tuple[Gradients, Any]]
+    init: optax.TransformInitFn, update: Callable[[Gradients, Any], tuple[Gradients, Any]]
 ) -> optax.GradientTransformation:
     """With `update` given at least float32, and its result brought back to the dtypes it had."""
 
     def cast_update(updates: Gradients, state: Any, params: Any = None) -> tuple[Gradients, Any]:
         del params
-        changed, state = update(wide(updates), state)
+        changed, state = update(at_least_float32(updates), state)
         return jax.tree.map(lambda new, old: new.astype(old.dtype), changed, updates), state
 
     return optax.GradientTransformation(init, cast_update)
@@ -55,7 +63,7 @@ def with_noise(noise: Noise) -> optax.GradientTransformation:
     """Adds to every leaf normal noise of the deviation `scale` * the leaf's root mean square."""
 
     def change(key: Key, grads: Gradients) -> Gradients:
-        normal = optax.tree.random_like(key, grads, jax.random.normal)
+        normal = normal_like(key, grads)
         rms = jax.tree.map(lambda g: optax.safe_root_mean_squares(g, 0.0), grads)
         return jax.tree.map(lambda g, r, n: g + noise.scale * r * n, grads, rms, normal)
 
@@ -95,7 +103,9 @@ def delayed(delay: Delay) -> optax.GradientTransformation:
     """Gives the gradient of `steps` updates ago; zeros before there is one."""
 
     def init(params: Any) -> DelayState:
-        buffer = jax.tree.map(lambda p: jnp.zeros((delay.longest, *p.shape), p.dtype), wide(params))
+        buffer = jax.tree.map(
+            lambda p: jnp.zeros((delay.longest, *p.shape), p.dtype), at_least_float32(params)
+        )
         return DelayState(jnp.zeros((), jnp.int32), buffer)
 
     def update(grads: Gradients, state: DelayState) -> tuple[Gradients, DelayState]:
@@ -134,7 +144,7 @@ def normalized(drawn: None = None) -> optax.GradientTransformation:
     def update(grads: Gradients, state: Any) -> tuple[Gradients, Any]:
         # first by the largest entry, so that no square over- or underflows
         largest = jax.lax.stop_gradient(optax.tree.norm(grads, ord=jnp.inf))
-        grads = optax.tree.scale(1 / jnp.where(largest > 0, largest, 1.0), grads)
+        grads = jax.tree.map(lambda g: g / jnp.where(largest > 0, largest, 1.0), grads)
         square = optax.tree.norm(grads, squared=True)
         return optax.tree.scale(jax.lax.rsqrt(jnp.where(largest > 0, square, 1.0)), grads), state
 
@@ -167,7 +177,7 @@ def along_directions(directions: Directions) -> optax.GradientTransformation:
 
     def project(key: Key, grads: Gradients) -> Gradients:
         def add(i: jax.Array, total: Gradients) -> Gradients:
-            v = optax.tree.random_like(jax.random.fold_in(key, i), grads, jax.random.normal)
+            v = normal_like(jax.random.fold_in(key, i), grads)
             slope = optax.tree.vdot(grads, v)
             slope = jnp.sign(slope) if directions.sign else slope
             return optax.tree.add_scale(total, slope / directions.count, v)

@@ -131,7 +131,7 @@ class NetworkTask:
 
     def batch(self, key: Key, split: Split) -> Batch:
         part = split == "train" and self.dynamic.subset != (1.0, 1.0)
-        subset = self.drawn.subset if part else 1.0
+        subset = jnp.asarray(self.drawn.subset) if part else 1.0
         rows = self.data.rows(key, split, self.batch_size, subset)
         if split == "train" and self.dynamic.batch_fraction != (1.0, 1.0):
             distinct = jnp.ceil(self.drawn.batch_fraction * self.batch_size).astype(jnp.int32)

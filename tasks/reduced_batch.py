@@ -30,13 +30,13 @@ def size_of(batch: Batch) -> int:
     """
     nodes = jax.tree.leaves(batch, is_leaf=_is_rows)
     leaves = jax.tree.leaves([node for node in nodes if _is_rows(node)])
-    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves}
-    if len(sizes) != 1 or None in sizes:
+    sizes = {leaf.shape[:1] for leaf in leaves}
+    if len(sizes) != 1 or sizes == {()}:
         raise ValueError(
             "`batch` must hold rows, a tasks.data.Batch whose arrays have the same first axis, got "
             f"{jax.tree.map(lambda x: jax.typeof(x).str_short(), batch)}"
         )
-    return sizes.pop()
+    return sizes.pop()[0]
 
 
 def repeated_rows(batch: Batch, count: int | jax.Array) -> Batch:

@@ -1,24 +1,56 @@
-"""Named sets of families. Held-out sets share neither rows nor architecture with training ones."""
+"""Named sets of families. What is held out shares neither data nor architecture with what is
+trained on, nor with the suites by which meta-trained optimizers are selected (metaval).
 
+By data: `train/*` has digits, glyphs, china, teacher, wine, iris, friedman and python_docs;
+`metaval/*` shapes, spirals, diabetes and sklearn_docs; `heldout/*` runes, flower, waveform,
+breast_cancer, python_code and numpy_docs. The quick suites, of the quickstart, share digits, in
+halves that share no row.
+"""
+
+import dataclasses
+import re
 from collections.abc import Callable
+from typing import Any
 
+from tasks.autoencoder import Autoencoder
 from tasks.base import TaskFamily
+from tasks.bfloat16 import Bfloat16
 from tasks.conv_net import ConvNet
-from tasks.data import unknown_name
+from tasks.data import Dataset, unknown_name
 from tasks.dynamic import Dynamic
+from tasks.es_loss import ESLoss
+from tasks.gradient_augment import (
+    DelayedGradients,
+    GradientNoise,
+    NormalizedGradients,
+    RandomDirections,
+)
 from tasks.haiku_mlp import HaikuMLP
 from tasks.image_mlp import ImageMLP
+from tasks.landscapes import Landscape
+from tasks.matrix_factorization import MatrixFactorization
+from tasks.quadratic import Quadratic
+from tasks.reduced_batch import ReducedBatch
+from tasks.reparam import Reparam
+from tasks.resnet import ResNet
+from tasks.rnn_lm import RNNLM
+from tasks.sources import SOURCES
+from tasks.tabular import TabularMLP
+from tasks.text import TEXTS, Text
+from tasks.tiny_optimizer import TinyOptimizer
+from tasks.transformer_lm import TransformerLM
+from tasks.vae import VAE
+from tasks.vit import ViT
+
+Suite = dict[str, TaskFamily]
 
 
-def _train_quick() -> dict[str, TaskFamily]:
-    return {
-        "digits_mlp": ImageMLP(
-            data="digits/meta_train", hidden=(32,), dynamic=Dynamic(init_scale=(0.3, 3.0))
-        )
-    }
+def _train_quick() -> Suite:
+    dynamic = Dynamic(init_scale=(0.3, 3.0))
+    return {"digits_mlp": ImageMLP(data="digits/meta_train", hidden=(32,), dynamic=dynamic)}
 
 
-def _heldout_quick() -> dict[str, TaskFamily]:
+def _heldout_quick() -> Suite:
     return {
         "digits_conv": ConvNet(data="digits/held_out", channels=(8, 16)),
         "digits_mlp": HaikuMLP(data="digits/held_out", hidden=(48, 24), activation="tanh"),
@@ -26,14 +58,119 @@ def _heldout_quick() -> dict[str, TaskFamily]:
     }
 
 
+def _train_fast() -> Suite:
+    """Celo's four tasks (arXiv:2501.12670) on other data: MLPs of one layer on 8x8 images, in
+    globally rescaled coordinates.
+    """
+    images = {
+        "digits": "digits",
+        "glyphs": "glyphs@8x8",
+        "china": "china@8x8",
+        "tiny": "digits@4x4",
+    }
+    return {
+        f"{name}_mlp": Reparam(ImageMLP(data=data, hidden=(32,), dynamic=Dynamic()))
+        for name, data in images.items()
+    }
+
+
+def _train_diverse() -> Suite:
+    """Families and augmentations of VeLO's distribution (arXiv:2211.09760), small."""
+    varied = Dynamic(
+        activation=("relu", "tanh", "gelu"),
+        init_scale=(0.5, 2.0),
+        subset=(0.1, 1.0),
+        label_noise=(0.0, 0.2),
+    )
+    plain = Dynamic(activation=("relu", "tanh", "gelu"), init_scale=(0.5, 2.0))
+    scaled = Dynamic(init_scale=(0.5, 2.0))
+    return {
+        "digits_mlp": Reparam(ImageMLP("digits", hidden=(32,), dynamic=varied), "tensor"),
+        "glyphs_mlp": ReducedBatch(ImageMLP("glyphs", hidden=(24, 24), dynamic=varied)),
+        "china_conv": Reparam(ConvNet("china", channels=(8, 16), batch_size=32, dynamic=varied)),
+        "glyphs_autoencoder": GradientNoise(Autoencoder("glyphs@8x8", (24, 6, 24), dynamic=plain)),
+        "digits_vae": Reparam(VAE("digits", hidden=(24,), latent=4, dynamic=plain), "parameter"),
+        "teacher_mlp": Bfloat16(TabularMLP("teacher", hidden=(24,), dynamic=varied)),
+        "wine_mlp": NormalizedGradients(TabularMLP("wine", hidden=(16, 16), dynamic=varied)),
+        "friedman_mlp": DelayedGradients(TabularMLP("friedman", hidden=(24,), dynamic=plain)),
+        "iris_softmax": RandomDirections(TabularMLP("iris", hidden=(), dynamic=scaled)),
+        "docs_gru": Reparam(
+            RNNLM("python_docs", "gru", embed=8, hidden=16, length=12, batch_size=8), "tensor"
+        ),
+        "docs_transformer": Reparam(
+            TransformerLM("python_docs", width=16, depth=1, length=12, batch_size=8), "global"
+        ),
+        "quadratic": Quadratic(dimension=20, condition=(10.0, 1e4), noise=0.01),
+        "rosenbrock": ESLoss(Landscape("rosenbrock", dimension=6)),
+        "rastrigin": Landscape("rastrigin", dimension=4, noise=0.1),
+        "factorization": Reparam(MatrixFactorization(rows=16, columns=12, rank=3)),
+        "tiny_optimizer": TinyOptimizer(),
+    }
+
+
+def _metaval_small() -> Suite:
+    return {
+        "shapes_mlp": ImageMLP("shapes@8x8", hidden=(48, 32), dynamic=Dynamic()),
+        "shapes_conv": ConvNet("shapes", channels=(6, 12, 24), batch_size=32),
+        "spirals_mlp": TabularMLP("spirals", hidden=(32, 16), dynamic=Dynamic(("tanh",))),
+        "diabetes_mlp": TabularMLP("diabetes", hidden=(12, 12), dynamic=Dynamic(("relu",))),
+        "shapes_autoencoder": Autoencoder("shapes@8x8", (40, 10, 40)),
+        "sklearn_docs_gru": RNNLM("sklearn_docs", "gru", embed=8, hidden=24, length=16),
+        "ackley": Landscape("ackley", dimension=5, noise=0.05),
+    }
+
+
+def _heldout_small() -> Suite:
+    return {
+        "runes_mlp": ImageMLP("runes@8x8", hidden=(40, 40, 40), dynamic=Dynamic(("gelu",))),
+        "flower_mlp": ImageMLP("flower", hidden=(64,), batch_size=32, dynamic=Dynamic()),
+        "runes_conv": ConvNet("runes@8x8", channels=(12, 12, 24), batch_size=32),
+        "flower_resnet": ResNet("flower", width=6, blocks=(1, 1), batch_size=16),
+        "runes_vit": ViT("runes@8x8", patch=4, width=12, depth=2, heads=2, batch_size=32),
+        "flower_autoencoder": Autoencoder("flower", (48, 12, 48), batch_size=32),
+        "runes_vae": VAE("runes@8x8", hidden=(48,), latent=6),
+        "breast_cancer_logistic": TabularMLP("breast_cancer", hidden=(), dynamic=Dynamic()),
+        "waveform_mlp": TabularMLP("waveform", hidden=(20, 20, 20), dynamic=Dynamic(("silu",))),
+        "code_lstm": RNNLM("python_code", "lstm", embed=8, hidden=20, length=12, batch_size=8),
+        "code_transformer": TransformerLM(
+            "python_code", width=12, depth=2, heads=2, length=12, batch_size=8
+        ),
+        "power_law_quadratic": Quadratic(
+            dimension=32, condition=(1e3, 1e3), noise=0.01, spectrum="power_law"
+        ),
+        "levy": Landscape("levy", dimension=8, noise=0.05),
+        "completion": MatrixFactorization(rows=24, columns=20, rank=2),
+    }
+
+
+def _heldout_wide() -> Suite:
+    return {
+        "runes_mlp_512": ImageMLP("runes", hidden=(512, 512), dynamic=Dynamic()),
+        "flower_conv_64": ConvNet("flower", channels=(32, 64), dynamic=Dynamic()),
+        "flower_resnet_32": ResNet("flower", width=32, blocks=(1, 1, 1), batch_size=32),
+        "runes_vit_96": ViT("runes", patch=4, width=96, depth=3, heads=4, batch_size=32),
+        "flower_autoencoder_256": Autoencoder("flower", (256, 64, 256)),
+        "waveform_mlp_256": TabularMLP("waveform", hidden=(256,) * 4, dynamic=Dynamic()),
+        "code_lstm_128": RNNLM("python_code", "lstm", embed=32, hidden=128, length=32),
+        "code_transformer_96": TransformerLM(
+            "python_code", width=96, depth=3, heads=4, length=32, batch_size=16
+        ),
+    }
+
+
 # Functions, so that listing the names loads no data.
-SUITES: dict[str, Callable[[], dict[str, TaskFamily]]] = {
+SUITES: dict[str, Callable[[], Suite]] = {
     "train/quick": _train_quick,
+    "train/fast": _train_fast,
+    "train/diverse": _train_diverse,
+    "metaval/small": _metaval_small,
     "heldout/quick": _heldout_quick,
+    "heldout/small": _heldout_small,
+    "heldout/wide": _heldout_wide,
 }
 
 
-def suite(name: str) -> dict[str, TaskFamily]:
+def suite(name: str) -> Suite:
     """Families by name, e.g. `suite("heldout/quick")["digits_conv"]`.
 
     Raises:
@@ -42,3 +179,21 @@ def suite(name: str) -> dict[str, TaskFamily]:
     if name not in SUITES:
         raise ValueError(unknown_name("suite", name, SUITES))
     return SUITES[name]()
+
+
+def datasets(family: Any) -> list[Dataset | Text]:
+    """What a family, or any dataclass, holds of them."""
+    if isinstance(family, Dataset | Text):
+        return [family]
+    if not dataclasses.is_dataclass(family):
+        return []
+    fields = [getattr(family, field.name) for field in dataclasses.fields(family)]
+    return [data for field in fields for data in datasets(field)]
+
+
+def provenance(family: Any) -> list[tuple[str, str]]:
+    """The source and the licence of all data of a family."""
+    known = {**SOURCES, **TEXTS}
+    names = [data.name.removeprefix("stream:") for data in datasets(family)]
+    sources = [re.split("[@/]", name)[0] if ":" not in name else name for name in names]
+    return [(s, known[s].licence if s in known else "see its TFDS page") for s in sources]

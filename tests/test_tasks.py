@@ -10,7 +10,7 @@ import pytest
 
 import tasks
 from learned_opt import discovery
-from tasks.base import train_step
+from tasks.base import behind, train_step
 from tasks.data import SPLITS, Batch, synthetic
 from tasks.dynamic import Dynamic
 from tasks.image_mlp import ImageMLP
@@ -26,7 +26,7 @@ for_each_family = pytest.mark.parametrize("index", range(len(EXAMPLES)), ids=IDS
 def _train(family, key):
     """The losses of `STEPS` steps of Adam, and those normalised."""
     task = family(key)
-    optimizer = optax.adam(0.03)
+    optimizer = behind(task, optax.adam(0.03))
     params = task.init(jax.random.fold_in(key, 1))
 
     def step(state, key):

@@ -183,20 +183,32 @@ def partition(estimator: ParticleEstimator, parts: int) -> list[ParticleEstimato
     ]
 
 
-def combine(estimates: Sequence[Estimate], particles: Sequence[int]) -> Estimate:
-    """Mean of the estimates of a partition, weighted by particles and always added in the order
-    given.
+def combine(estimates: Sequence[Estimate], weights: Sequence[float]) -> Estimate:
+    """Weighted mean of estimates, those of a partition by their particles; always added in the
+    order given.
     """
-    total = sum(particles)
+    total = sum(weights)
     weighted = [
-        jax.tree.map(lambda x, n=n: x * (n / total), estimate)
-        for estimate, n in zip(estimates, particles, strict=True)
+        jax.tree.map(lambda x, w=w: x * (w / total), estimate)
+        for estimate, w in zip(estimates, weights, strict=True)
     ]
     return jax.tree.map(lambda *xs: sum(xs[1:], start=xs[0]), *weighted)
 
 
-MOMENTS = {"squared_norm", "squared_difference", "fourth_difference"}
+MOMENTS = {"squared_norm", "squared_difference", "fourth_difference", "gradient_variance"}
 BY_WINDOW = {"loss_by_window", "share_by_window"}
+
+
+def variance_of_mean(signal: Any, squared_norm: Any, particles: int) -> Any:
+    """The variance, summed over all entries, of the mean of `particles` gradients, from the squared
+    norm of that mean and the mean of their squared norms (scalar arrays); nan for one particle,
+    which has no spread.
+    """
+    if particles == 1:
+        return math.nan * squared_norm
+    # gradients that are all equal differ by rounding
+    spread = (squared_norm - signal).clip(float(np.finfo(np.float32).eps) * squared_norm)
+    return spread / (particles - 1)
 
 
 def diagnostics(estimate: Estimate, particles: int) -> dict[str, Any]:
@@ -204,7 +216,8 @@ def diagnostics(estimate: Estimate, particles: int) -> dict[str, Any]:
     what they cannot tell (one particle has no spread).
 
     `gradient_snr`: |mean gradient|^2 by the variance of that mean, estimated from the particles;
-    about 1 if there is nothing but noise. `effective_sample_size` (evolution strategies): how many
+    about 1 if there is nothing but noise; a mixture brings its `gradient_variance`, since the
+    particles of its members are not alike. `effective_sample_size` (evolution strategies): how many
     particles of equal loss difference are worth as much as these; few are, if a few differences
     dwarf the rest. `loss_by_window`: the mean loss of the particles in each window of the episode.
     Everything else in `info` is told as it is; `diverged` is the share of particles whose run was
@@ -212,14 +225,14 @@ def diagnostics(estimate: Estimate, particles: int) -> dict[str, Any]:
     """
     info = {name: np.asarray(value, np.float64) for name, value in estimate.info.items()}
     told: dict[str, Any] = {}
+    leaves = [np.asarray(g, np.float64) for g in jax.tree.leaves(estimate.grad)]
+    signal = sum(float(np.sum(np.square(g))) for g in leaves)
     if "squared_norm" in info:
-        squared = float(info["squared_norm"])
-        leaves = [np.asarray(g, np.float64) for g in jax.tree.leaves(estimate.grad)]
-        signal = sum(float(np.sum(np.square(g))) for g in leaves)
-        # gradients that are all equal differ by rounding
-        spread = max(squared - signal, float(np.finfo(np.float32).eps) * squared)
-        told["gradient_snr"] = _ratio(signal * (particles - 1), spread) if particles > 1 else None
-    if info.keys() >= MOMENTS:
+        variance = variance_of_mean(signal, info["squared_norm"], particles)
+        told["gradient_snr"] = _ratio(signal, float(variance))
+    if "gradient_variance" in info:
+        told["gradient_snr"] = _ratio(signal, float(info["gradient_variance"]))
+    if info.keys() >= {"squared_difference", "fourth_difference"}:
         second, fourth = float(info["squared_difference"]), float(info["fourth_difference"])
         told["effective_sample_size"] = _ratio(particles * second**2, fourth)
     if info.keys() >= BY_WINDOW:

@@ -2,10 +2,11 @@
 problem's data travel as arguments: they are never baked into the program.
 """
 
+import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from learned_opt.base import Theta
 from meta_train.estimators.base import Estimate, Key, ParticleEstimator, compares_particles
+from meta_train.estimators.mixture import Mixture
 
 AXIS = "particles"
 SPLIT, WHOLE = PartitionSpec(AXIS), PartitionSpec()
@@ -32,6 +34,36 @@ CPU_OPTIONS: dict[str, bool | int | str] = {
 }
 
 
+# (array, sharding) -> the array on the devices
+Put = Callable[[Any, Any], jax.Array]
+
+
+def put_once() -> Put:
+    """`jax.device_put` that has one copy of an array, however often it is put: many families train
+    on the same data.
+    """
+    known: dict[Any, tuple[Any, jax.Array]] = {}
+
+    def put(leaf: Any, sharding: Any) -> jax.Array:
+        if (id(leaf), sharding) not in known:
+            # the leaf is held, too: another could get the id of one that is gone
+            known[id(leaf), sharding] = leaf, jax.device_put(leaf, sharding)
+        return known[id(leaf), sharding][1]
+
+    return put
+
+
+def compiled(
+    estimator: ParticleEstimator | Mixture, devices: Sequence[Any] | None = None
+) -> "Compiled | Mixture":
+    """The estimator compiled: a mixture member by member."""
+    if not isinstance(estimator, Mixture):
+        return Compiled(estimator, devices)
+    put = put_once()
+    programs: Any = tuple(Compiled(member, devices, put) for member in estimator.members)
+    return dataclasses.replace(estimator, members=programs)
+
+
 class Compiled:
     """The same two methods, jitted.
 
@@ -39,13 +71,30 @@ class Compiled:
     particles equally: as many of them are used as divide the number of particles.
     """
 
-    def __init__(self, estimator: ParticleEstimator, devices: Sequence[Any] | None = None):
+    def __init__(
+        self,
+        estimator: ParticleEstimator,
+        devices: Sequence[Any] | None = None,
+        put: Put = jax.device_put,
+    ):
         self._mesh = Mesh(np.asarray(usable(estimator, devices)), (AXIS,))
-        self.estimator = jax.device_put(estimator, NamedSharding(self._mesh, WHOLE))
+        whole = NamedSharding(self._mesh, WHOLE)
+        self.estimator = jax.tree.map(lambda leaf: put(leaf, whole), estimator)
         options = CPU_OPTIONS if self._mesh.devices.flat[0].platform == "cpu" else {}
         # the state is not donated: an interrupt between two steps must find the old one whole
         self._init = jax.jit(functools.partial(_init, self._mesh), compiler_options=options)
         self._estimate = jax.jit(functools.partial(_estimate, self._mesh), compiler_options=options)
+
+    @property
+    def particles(self) -> int:
+        return self.estimator.particles
+
+    def starting_at(self, first_particle: int) -> "Compiled":
+        """The same program for as many other particles."""
+        other = copy.copy(self)
+        first = jax.device_put(first_particle, NamedSharding(self._mesh, WHOLE))
+        other.estimator = dataclasses.replace(self.estimator, first_particle=first)
+        return other
 
     def init(self, theta: Theta, key: Key) -> Any:
         return self._init(self.estimator, *self._placed(theta, key))

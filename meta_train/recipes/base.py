@@ -5,6 +5,7 @@ and a command line can hold.
 import dataclasses
 import json
 import math
+from typing import Any
 
 import optax
 
@@ -14,8 +15,11 @@ import tasks
 from learned_opt import discovery
 from learned_opt.base import LearnedOptimizer
 from meta_train.estimators.base import ParticleEstimator
+from meta_train.estimators.mixture import Mixture
 from meta_train.outer_loop import outer_optimizer
 from meta_train.unroll import Objective, Training
+from tasks import suites
+from tasks.base import TaskFamily
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +29,16 @@ class Recipe:
     rule: str = "small_fc"
     """Update rule with its fields, e.g. "small_fc(hidden=8)". `learned-opt show` lists all."""
     task: str = "image_mlp(data='digits/meta_train')"
-    """Task family with its fields; augmentations nest: "reparam(image_mlp(), level='tensor')"."""
+    """Task family with its fields; augmentations nest: "reparam(image_mlp(), level='tensor')". Or a
+    suite, such as "train/quick", for all of its tasks in each outer step."""
+    weights: tuple[float, ...] = ()
+    """How much the loss of each of a suite's tasks counts, in their order; without any, all count
+    the same."""
+    without: tuple[str, ...] = ()
+    """Tasks of the suite to leave out."""
     estimator: str = "nres(particles=32)"
-    """Meta-gradient estimator with its fields, e.g. "pes(particles=64, sigma=0.02)"."""
+    """Meta-gradient estimator with its fields, e.g. "pes(particles=64, sigma=0.02)"; every task of
+    a suite gets one."""
     horizon: tuple[int, int] = (500, 500)
     """Inner steps of an episode: the range from which it is drawn log-uniformly."""
     truncation: int = 50
@@ -63,20 +74,41 @@ class Recipe:
     def build_rule(self) -> LearnedOptimizer:
         return discovery.build("rule", self.rule, discovery.members(learned_opt))
 
-    def build_estimator(self) -> ParticleEstimator:
-        """The estimator over the training of the family's tasks with the rule.
+    def build_estimator(self) -> ParticleEstimator | Mixture:
+        """The estimator over the training of the family's tasks with the rule; for a suite, a
+        mixture of these.
 
         Raises:
           ValueError: a name or field is unknown or a value impossible.
         """
-        family = discovery.build("task", self.task, discovery.members(tasks))
         members = discovery.members(meta_train.estimators)
         estimator = discovery.build("estimator", self.estimator, members)
         rule, remat = self.build_rule(), estimator.backpropagates
-        problem = Training(
-            family, rule, self.horizon, self.truncation, remat, self.objective, self.curriculum
-        )
-        return dataclasses.replace(estimator, problem=problem)
+
+        def over(family: TaskFamily) -> ParticleEstimator:
+            problem = Training(
+                family, rule, self.horizon, self.truncation, remat, self.objective, self.curriculum
+            )
+            return dataclasses.replace(estimator, problem=problem)
+
+        chosen = families(self.task)
+        if self.task not in suites.SUITES:
+            for name in ("weights", "without"):
+                if given := getattr(self, name):
+                    raise ValueError(f"`{name}` is for suites; `task` {self.task} got {given}")
+            return over(chosen[self.task])
+        for name in self.without:
+            if name not in chosen:
+                raise ValueError(discovery.unknown(f"task of {self.task}", name, list(chosen)))
+        names = tuple(name for name in chosen if name not in self.without)
+        if not names:
+            raise ValueError(f"`without` leaves no task of {self.task}")
+        if self.weights and len(self.weights) != len(names):
+            raise ValueError(
+                f"`weights` must be one for each of {', '.join(names)}, got {len(self.weights)}"
+            )
+        weights = self.weights or (1.0,) * len(names)
+        return Mixture(tuple(over(chosen[name]) for name in names), weights, names)
 
     def build_optimizer(self) -> optax.GradientTransformation:
         return outer_optimizer(self.learning_rate, self.outer_steps, self.clip, self.warmup)
@@ -86,5 +118,22 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
-        fields = json.loads(text)
-        return cls(**fields | {"horizon": tuple(fields["horizon"])})
+        found = {**json.loads(text)}
+        fields: dict[str, Any] = {
+            name: tuple(x) if isinstance(x, list) else x for name, x in found.items()
+        }
+        return cls(**fields)
+
+
+def families(task: str) -> dict[str, TaskFamily]:
+    """Those of the suite of that name; or the one that is described, under its description.
+
+    Raises:
+      ValueError: there is no such suite or task; the message lists those that exist.
+    """
+    if task in suites.SUITES:
+        return suites.suite(task)
+    members = discovery.members(tasks)
+    if task.partition("(")[0].strip() not in members:
+        raise ValueError(discovery.unknown("suite or task", task, [*suites.SUITES, *members]))
+    return {task: discovery.build("task", task, members)}
