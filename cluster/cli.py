@@ -324,6 +324,8 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(command, (MetaTrain, Quickstart)):
             where = command.run_dir
             hint = f" The last complete step is kept; go on with --resume --run-dir {where}."
+        if isinstance(command, Evaluate):
+            hint = " Baselines that were tuned are kept; the same command goes on from there."
         print(f"\nstopped.{hint}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, TypeError, OSError) as error:

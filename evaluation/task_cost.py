@@ -116,8 +116,7 @@ def within_budget(
     Raises:
       ValueError: none is within it; says what each is predicted to cost.
     """
-    if not budget > 0:
-        raise ValueError(f"`time_budget` must be positive, in seconds per inner step, got {budget}")
+    check_budget(budget)
     predicted = {name: cost(family, cache_dir).step_seconds for name, family in suite.items()}
     over = {name: seconds for name, seconds in predicted.items() if seconds > budget}
     if len(over) == len(suite):
@@ -126,6 +125,12 @@ def within_budget(
             f"{said(over)}; raise it, or choose smaller tasks"
         )
     return {name: family for name, family in suite.items() if name not in over}, over
+
+
+def check_budget(budget: float) -> None:
+    """Raises ValueError unless it is positive."""
+    if not budget > 0:
+        raise ValueError(f"`time_budget` must be positive, in seconds per inner step, got {budget}")
 
 
 def said(predicted: Mapping[str, float]) -> str:

@@ -71,7 +71,7 @@ class Network(nnx.Module):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ResNet:
+class Resnet:
     """Residual networks on images; `blocks` says how many each stage has, `width` how many channels
     the first.
     """
@@ -99,4 +99,4 @@ class ResNet:
         )
 
 
-EXAMPLES = (ResNet(data=synthetic(), width=4, blocks=(1, 1), batch_size=16),)
+EXAMPLES = (Resnet(data=synthetic(), width=4, blocks=(1, 1), batch_size=16),)

@@ -37,7 +37,7 @@ def _network(cell: str, symbols: int, embed: int, hidden: int) -> OneDraw:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RNNLM:
+class RnnLM:
     """The next character at every position of a window of `length`, by a recurrent network of one
     layer that starts from the zero state.
 
@@ -78,4 +78,4 @@ class RNNLM:
         )
 
 
-EXAMPLES = (RNNLM(data="markov", embed=4, hidden=8, length=12, batch_size=8),)
+EXAMPLES = (RnnLM(data="markov", embed=4, hidden=8, length=12, batch_size=8),)

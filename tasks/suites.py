@@ -32,15 +32,15 @@ from tasks.matrix_factorization import MatrixFactorization
 from tasks.quadratic import Quadratic
 from tasks.reduced_batch import ReducedBatch
 from tasks.reparam import Reparam
-from tasks.resnet import ResNet
-from tasks.rnn_lm import RNNLM
+from tasks.resnet import Resnet
+from tasks.rnn_lm import RnnLM
 from tasks.sources import SOURCES
 from tasks.tabular import TabularMLP
 from tasks.text import TEXTS, Text
 from tasks.tiny_optimizer import TinyOptimizer
 from tasks.transformer_lm import TransformerLM
 from tasks.vae import VAE
-from tasks.vit import ViT
+from tasks.vit import Vit
 
 Suite = dict[str, TaskFamily]
 
@@ -95,7 +95,7 @@ def _train_diverse() -> Suite:
         "friedman_mlp": DelayedGradients(TabularMLP("friedman", hidden=(24,), dynamic=plain)),
         "iris_softmax": RandomDirections(TabularMLP("iris", hidden=(), dynamic=scaled)),
         "docs_gru": Reparam(
-            RNNLM("python_docs", "gru", embed=8, hidden=16, length=12, batch_size=8), "tensor"
+            RnnLM("python_docs", "gru", embed=8, hidden=16, length=12, batch_size=8), "tensor"
         ),
         "docs_transformer": Reparam(
             TransformerLM("python_docs", width=16, depth=1, length=12, batch_size=8), "global"
@@ -115,7 +115,7 @@ def _metaval_small() -> Suite:
         "spirals_mlp": TabularMLP("spirals", hidden=(32, 16), dynamic=Dynamic(("tanh",))),
         "diabetes_mlp": TabularMLP("diabetes", hidden=(12, 12), dynamic=Dynamic(("relu",))),
         "shapes_autoencoder": Autoencoder("shapes@8x8", (40, 10, 40)),
-        "sklearn_docs_gru": RNNLM("sklearn_docs", "gru", embed=8, hidden=24, length=16),
+        "sklearn_docs_gru": RnnLM("sklearn_docs", "gru", embed=8, hidden=24, length=16),
         "ackley": Landscape("ackley", dimension=5, noise=0.05),
     }
 
@@ -125,13 +125,13 @@ def _heldout_small() -> Suite:
         "runes_mlp": ImageMLP("runes@8x8", hidden=(40, 40, 40), dynamic=Dynamic(("gelu",))),
         "flower_mlp": ImageMLP("flower", hidden=(64,), batch_size=32, dynamic=Dynamic()),
         "runes_conv": ConvNet("runes@8x8", channels=(12, 12, 24), batch_size=32),
-        "flower_resnet": ResNet("flower", width=6, blocks=(1, 1), batch_size=16),
-        "runes_vit": ViT("runes@8x8", patch=4, width=12, depth=2, heads=2, batch_size=32),
+        "flower_resnet": Resnet("flower", width=6, blocks=(1, 1), batch_size=16),
+        "runes_vit": Vit("runes@8x8", patch=4, width=12, depth=2, heads=2, batch_size=32),
         "flower_autoencoder": Autoencoder("flower", (48, 12, 48), batch_size=32),
         "runes_vae": VAE("runes@8x8", hidden=(48,), latent=6),
         "breast_cancer_logistic": TabularMLP("breast_cancer", hidden=(), dynamic=Dynamic()),
         "waveform_mlp": TabularMLP("waveform", hidden=(20, 20, 20), dynamic=Dynamic(("silu",))),
-        "code_lstm": RNNLM("python_code", "lstm", embed=8, hidden=20, length=12, batch_size=8),
+        "code_lstm": RnnLM("python_code", "lstm", embed=8, hidden=20, length=12, batch_size=8),
         "code_transformer": TransformerLM(
             "python_code", width=12, depth=2, heads=2, length=12, batch_size=8
         ),
@@ -147,11 +147,11 @@ def _heldout_wide() -> Suite:
     return {
         "runes_mlp_512": ImageMLP("runes", hidden=(512, 512), dynamic=Dynamic()),
         "flower_conv_64": ConvNet("flower", channels=(32, 64), dynamic=Dynamic()),
-        "flower_resnet_32": ResNet("flower", width=32, blocks=(1, 1, 1), batch_size=32),
-        "runes_vit_96": ViT("runes", patch=4, width=96, depth=3, heads=4, batch_size=32),
+        "flower_resnet_32": Resnet("flower", width=32, blocks=(1, 1, 1), batch_size=32),
+        "runes_vit_96": Vit("runes", patch=4, width=96, depth=3, heads=4, batch_size=32),
         "flower_autoencoder_256": Autoencoder("flower", (256, 64, 256)),
         "waveform_mlp_256": TabularMLP("waveform", hidden=(256,) * 4, dynamic=Dynamic()),
-        "code_lstm_128": RNNLM("python_code", "lstm", embed=32, hidden=128, length=32),
+        "code_lstm_128": RnnLM("python_code", "lstm", embed=32, hidden=128, length=32),
         "code_transformer_96": TransformerLM(
             "python_code", width=96, depth=3, heads=4, length=32, batch_size=16
         ),

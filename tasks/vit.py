@@ -59,7 +59,7 @@ class Network(nnx.Module):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ViT:
+class Vit:
     """Vision transformers on images: `depth` blocks of `width` with `heads` attention heads, on
     squares of `patch` pixels a side.
     """
@@ -99,4 +99,4 @@ class ViT:
         )
 
 
-EXAMPLES = (ViT(data=synthetic(), patch=2, width=8, depth=1, batch_size=16),)
+EXAMPLES = (Vit(data=synthetic(), patch=2, width=8, depth=1, batch_size=16),)

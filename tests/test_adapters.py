@@ -9,7 +9,6 @@ import pytest
 from flax import linen, nnx
 
 from tasks.adapters import from_flax, from_haiku
-from tasks.conv_net import ConvNet, windows
 from tasks.data import synthetic
 from tasks.haiku_mlp import HaikuMLP
 
@@ -134,25 +133,9 @@ def test_haiku_without_apply_rng_and_untrained():
     np.testing.assert_allclose(task.normalize(loss), loss / 4, rtol=1e-6)
 
 
-@pytest.mark.parametrize("family", [ConvNet, HaikuMLP])
-def test_equal_families_share_one_compiled_program(family):
+def test_equal_families_share_one_compiled_program():
     compiled = jax.jit(lambda task, key: task.loss(task.init(key), task.batch(key, "train")))
     for seed in range(2):
-        task = family(data=synthetic(), batch_size=8)(jax.random.key(seed))
+        task = HaikuMLP(data=synthetic(), batch_size=8)(jax.random.key(seed))
         compiled(task, KEY)
     assert compiled._cache_size() == 1
-
-
-@pytest.mark.parametrize("side", [4, 5])
-def test_windows_make_a_convolution(side):
-    images = jax.random.normal(KEY, (2, side, side, 3))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
-    expected = jax.lax.conv_general_dilated(
-        images, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    np.testing.assert_allclose(windows(images) @ kernel.reshape(27, 4), expected, atol=1e-5)
-
-
-def test_conv_net_wants_images():
-    with pytest.raises(ValueError, match="`data` must hold images"):
-        ConvNet(data=synthetic(shape=(5,)))(KEY)

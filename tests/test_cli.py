@@ -5,6 +5,7 @@ evaluate.
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 import learned_opt
-from cluster import cli, run_directory
+from cluster import cli, console, run_directory
 from meta_train.recipes.base import Recipe
 
 TINY = [
@@ -57,6 +58,9 @@ def test_every_command_has_complete_help_with_an_example(command, capsys):
         (["--rule", "smal_fc"], "unknown rule 'smal_fc'; did you mean 'small_fc'? Known: "),
         (["--rule", "small_fc(width=3)"], "unknown field of rule small_fc 'width'"),
         (["--task", "image_mpl"], "did you mean 'image_mlp'?"),
+        (["--task", "train/divers"], "did you mean 'train/diverse'?"),
+        (["--task", "reparm(image_mlp())"], "did you mean 'reparam'?"),
+        (["--time-budget", "-1"], "`time_budget` must be positive"),
         (["--task", "image_mlp(data='digts')"], "'digits'"),
         (["--estimator", "ness(particles=3)"], "unknown estimator 'ness'; did you mean 'nres'?"),
         (["--estimator", "nres(particles=0)"], "`particles` must be at least 1, got 0"),
@@ -91,6 +95,28 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tmp_path, 
     assert not directory.exists()
 
 
+def test_a_task_over_the_time_budget_says_its_predicted_cost(tmp_path, capsys):
+    common = ["--time-budget", "1e-12"]
+    for command in (
+        ["evaluate", "--optimizer", "adam", "--suite", TINY[1], "--out-dir", tmp_path / "run"],
+        ["meta-train", "--run-dir", tmp_path / "run", *TINY],
+    ):
+        err = run(*command, *common, code=2, capsys=capsys).err
+        assert "`time_budget` of 1e-12 seconds per inner step leaves no task" in err
+        assert re.search(r"predicted are quadratic\(dimension=2\) [0-9.e-]+ ms", err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tasks_lists_size_data_and_licence(capsys, monkeypatch):
+    monkeypatch.setattr(console.console, "width", 150)
+    out = run("tasks", "heldout/quick", capsys=capsys).out
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert "conv_net" in rows["digits_conv"]
+    assert "1,418" in rows["digits_conv"]
+    assert "breast_cancer: BSD-3-Clause" in rows["breast_cancer_mlp"]
+    assert "never measured on this machine: add --measure" in out
+
+
 def test_a_wrong_option_says_what_was_meant(capsys):
     err = run("meta-train", "--run-dir", "x", "--outer-step", "3", code=2, capsys=capsys)
     assert "--outer-steps" in err.err + err.out
@@ -106,6 +132,7 @@ def test_other_commands_refuse_bad_input(tmp_path, capsys):
         (["report", "--run-dir", tmp_path], "holds no results.json"),
         (["export", "--run-dir", tmp_path, "--out", tmp_path / "a"], "holds no run"),
         (["show", "nope"], "no artifact 'nope'"),
+        (["tasks", "heldout/smal"], "Did you mean 'heldout/small'"),
     ):
         err = run(*arguments, code=2, capsys=capsys).err
         assert message in err

@@ -12,7 +12,7 @@ import pytest
 from tasks import text
 from tasks.data import SPLITS
 from tasks.dynamic import Dynamic
-from tasks.rnn_lm import RNNLM
+from tasks.rnn_lm import RnnLM
 from tasks.transformer_lm import TransformerLM
 
 
@@ -76,7 +76,7 @@ def test_untrained_is_the_entropy_of_single_characters():
     counts = collections.Counter(text.decode(data.tokens)[: data.splits[0][1]])
     total = sum(counts.values())
     expected = -sum(n / total * math.log(n / total) for n in counts.values())
-    task = RNNLM(data=data, length=8)(jax.random.key(0))
+    task = RnnLM(data=data, length=8)(jax.random.key(0))
     np.testing.assert_allclose(task.normalize(expected), 1, rtol=1e-6)
 
 
@@ -129,10 +129,10 @@ def test_a_text_that_is_not_installed(monkeypatch):
         (lambda: text.load_text("markov/heldout", 8), "Did you mean 'markov/held_out'"),
         (lambda: text.load_text("markov", 0), "`length` must be an integer from 1 to 29999"),
         (lambda: hundred(15), "`length`.*from 1 to 14, since a split of 'hundred' has 15 char"),
-        (lambda: RNNLM(data="markov", cell="rnn"), "unknown `cell` 'rnn'.*lstm, gru"),
-        (lambda: RNNLM(data="markov", hidden=0), "`hidden` must be a positive integer, got 0"),
+        (lambda: RnnLM(data="markov", cell="rnn"), "unknown `cell` 'rnn'.*lstm, gru"),
+        (lambda: RnnLM(data="markov", hidden=0), "`hidden` must be a positive integer, got 0"),
         (
-            lambda: RNNLM(data="markov", dynamic=Dynamic(activation=("relu",))),
+            lambda: RnnLM(data="markov", dynamic=Dynamic(activation=("relu",))),
             r"`dynamic`.*lstm are its own, got \('relu',\)",
         ),
         (lambda: TransformerLM(data="markov", heads=3), "`width` must be a multiple of `heads`"),
@@ -174,7 +174,7 @@ def gru(params, x, state):
 
 @pytest.mark.parametrize("cell", [lstm, gru])
 def test_recurrent_model_against_its_recursion(cell):
-    family = RNNLM(data=hundred(), cell=cell.__name__, embed=3, hidden=4, length=5, batch_size=2)
+    family = RnnLM(data=hundred(), cell=cell.__name__, embed=3, hidden=4, length=5, batch_size=2)
     task = family(jax.random.key(0))
     params, exact = weights(jax.eval_shape(task.init, jax.random.key(1)))
     batch = task.batch(jax.random.key(2), "train")

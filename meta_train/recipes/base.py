@@ -134,6 +134,7 @@ def families(task: str) -> dict[str, TaskFamily]:
     if task in suites.SUITES:
         return suites.suite(task)
     members = discovery.members(tasks)
-    if task.partition("(")[0].strip() not in members:
-        raise ValueError(discovery.unknown("suite or task", task, [*suites.SUITES, *members]))
+    name = task.partition("(")[0].strip()
+    if name not in members:
+        raise ValueError(discovery.unknown("suite or task", name, [*suites.SUITES, *members]))
     return {task: discovery.build("task", task, members)}
