@@ -29,6 +29,7 @@ def show(name: str | None, measure: bool) -> None:
         measured(tasks)
     for s, families in chosen.items():
         console.print(_table(s, families), soft_wrap=False)
+    console.print(_sources(tasks), soft_wrap=False)
     unknown = sum(task_cost.known(family) is None for family in tasks.values())
     if unknown:
         console.print(f"{unknown} tasks were never measured on this machine: add --measure")
@@ -36,11 +37,11 @@ def show(name: str | None, measure: bool) -> None:
 
 def _table(title: str, families: Mapping[str, Any]) -> Table:
     view = Table(title=title, box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-    view.add_column("task")
+    view.add_column("task", no_wrap=True)
     view.add_column("family")
-    for heading in ("params", "step ms\nalone", f"step ms\nof {task_cost.TOGETHER}", "compile\ns"):
+    for heading in ("params", "ms\nalone", f"ms\nof {task_cost.TOGETHER}", "compi-\nling s"):
         view.add_column(heading, justify="right", no_wrap=True)
-    view.add_column("data: licence")
+    view.add_column("data", no_wrap=True)
     for task, family in families.items():
         cost = task_cost.known(family)
         figures = ["-"] * 3
@@ -50,9 +51,19 @@ def _table(title: str, families: Mapping[str, Any]) -> Table:
                 *(f"{1e3 * seconds:.2g}" for seconds in steps),
                 f"{cost.compile_seconds:.1f}",
             ]
-        data = [f"{source}: {licence}" for source, licence in provenance(family)]
+        data = [source for source, *_ in provenance(family)]
         params = f"{task_cost.count_params(family):,}"
         view.add_row(task, _family(family), params, *figures, escape(", ".join(data) or "none"))
+    return view
+
+
+def _sources(tasks: Mapping[str, Any]) -> Table:
+    view = Table(title="data", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    view.add_column("source", no_wrap=True)
+    view.add_column("rows")
+    view.add_column("licence")
+    for row in sorted({row for family in tasks.values() for row in provenance(family)}):
+        view.add_row(*map(escape, row))
     return view
 
 

@@ -114,8 +114,6 @@ def draw(alphabet: Alphabet) -> tuple[np.ndarray, np.ndarray]:
     affine = np.stack([np.stack([cos, -sin + slant * cos]), np.stack([sin, cos + slant * sin])])
     shift = 0.5 + alphabet.shift * random.standard_normal((count, 1, 1, 2))
     curves = np.einsum("abr,rsib->rsia", affine, curves) + shift
-    images = images_of(
-        curves, random.uniform(*alphabet.pen, count), alphabet.size, alphabet.edge
-    )
+    images = images_of(curves, random.uniform(*alphabet.pen, count), alphabet.size, alphabet.edge)
     images = images + alphabet.noise * random.standard_normal(images.shape)
     return np.round(255 * np.clip(images, 0, 1)).astype(np.uint8), targets

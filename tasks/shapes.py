@@ -92,7 +92,6 @@ PETALS = Scene(
     ink=(0.0, 0.4),
     paper=(0.6, 1.0),
     radius=(0.3, 0.5),
-    turn=1.0,
     specks=0,
     slope=0.3,
     stripes=0.2,
@@ -101,7 +100,7 @@ PETALS = Scene(
 
 
 def draw(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of a scene: uint8 [rows, size, size, 3], and which outline each shows. """
+    """Rows of a scene: uint8 [rows, size, size, 3], and which outline each shows."""
     random = np.random.default_rng(scene.seed)
     targets = np.repeat(np.arange(len(scene.outlines)), scene.rows)
     count, size = len(targets), scene.size

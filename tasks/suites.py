@@ -1,8 +1,8 @@
 """Named sets of families. What is held out shares neither data nor architecture with what is
 trained on, nor with the suites by which meta-trained optimizers are selected (metaval).
 
-By data: `train/*` has digits, glyphs, china, teacher, wine, iris, friedman and python_docs;
-`metaval/*` shapes, spirals, diabetes and sklearn_docs; `heldout/*` runes, flower, waveform,
+By data: `train/*` has digits, glyphs, china, shapes, teacher, wine, iris, friedman and python_docs;
+`metaval/*` petals, spirals, diabetes and sklearn_docs; `heldout/*` runes, flower, waveform,
 breast_cancer, python_code and numpy_docs. The quick suites, of the quickstart, share digits, in
 halves that share no row.
 """
@@ -62,12 +62,7 @@ def _train_fast() -> Suite:
     """Celo's four tasks (arXiv:2501.12670) on other data: MLPs of one layer on 8x8 images, in
     globally rescaled coordinates.
     """
-    images = {
-        "digits": "digits",
-        "glyphs": "glyphs@8x8",
-        "china": "china@8x8",
-        "tiny": "digits@4x4",
-    }
+    images = {"digits": "digits", "glyphs": "glyphs@8x8", "china": "china", "shapes": "shapes@8x8"}
     return {
         f"{name}_mlp": Reparam(ImageMLP(data=data, hidden=(32,), dynamic=Dynamic()))
         for name, data in images.items()
@@ -93,7 +88,7 @@ def _train_diverse() -> Suite:
         "teacher_mlp": Bfloat16(TabularMLP("teacher", hidden=(24,), dynamic=varied)),
         "wine_mlp": NormalizedGradients(TabularMLP("wine", hidden=(16, 16), dynamic=varied)),
         "friedman_mlp": DelayedGradients(TabularMLP("friedman", hidden=(24,), dynamic=plain)),
-        "iris_softmax": RandomDirections(TabularMLP("iris", hidden=(), dynamic=scaled)),
+        "iris_mlp": RandomDirections(TabularMLP("iris", hidden=(8,), dynamic=scaled)),
         "docs_gru": Reparam(
             RnnLM("python_docs", "gru", embed=8, hidden=16, length=12, batch_size=8), "tensor"
         ),
@@ -110,11 +105,11 @@ def _train_diverse() -> Suite:
 
 def _metaval_small() -> Suite:
     return {
-        "shapes_mlp": ImageMLP("shapes@8x8", hidden=(48, 32), dynamic=Dynamic()),
-        "shapes_conv": ConvNet("shapes", channels=(6, 12, 24), batch_size=32),
+        "petals_mlp": ImageMLP("petals@8x8", hidden=(48, 32), dynamic=Dynamic()),
+        "petals_conv": ConvNet("petals", channels=(6, 12, 24), batch_size=32),
         "spirals_mlp": TabularMLP("spirals", hidden=(32, 16), dynamic=Dynamic(("tanh",))),
         "diabetes_mlp": TabularMLP("diabetes", hidden=(12, 12), dynamic=Dynamic(("relu",))),
-        "shapes_autoencoder": Autoencoder("shapes@8x8", (40, 10, 40)),
+        "petals_autoencoder": Autoencoder("petals@8x8", (40, 10, 40)),
         "sklearn_docs_gru": RnnLM("sklearn_docs", "gru", embed=8, hidden=24, length=16),
         "ackley": Landscape("ackley", dimension=5, noise=0.05),
     }
@@ -191,9 +186,13 @@ def datasets(family: Any) -> list[Dataset | Text]:
     return [data for field in fields for data in datasets(field)]
 
 
-def provenance(family: Any) -> list[tuple[str, str]]:
-    """The source and the licence of all data of a family."""
+def provenance(family: Any) -> list[tuple[str, str, str]]:
+    """The source, what it is, and its licence, of all data of a family."""
     known = {**SOURCES, **TEXTS}
-    names = [data.name.removeprefix("stream:") for data in datasets(family)]
-    sources = [re.split("[@/]", name)[0] if ":" not in name else name for name in names]
-    return [(s, known[s].licence if s in known else "see its TFDS page") for s in sources]
+    found = []
+    for data in datasets(family):
+        name = data.name.removeprefix("stream:")
+        source = name if ":" in name else re.split("[@/]", name)[0]
+        about = (known[source].about, known[source].licence) if source in known else ("", "")
+        found.append((source, *(text or "see TensorFlow Datasets" for text in about)))
+    return found

@@ -6,20 +6,20 @@ Table = tuple[np.ndarray, np.ndarray]  # inputs [rows, features] float32, target
 
 
 def teacher(
-    seed: int, rows: int = 4000, features: int = 24, hidden: int = 32, classes: int = 8
+    seed: int, rows: int = 4000, features: int = 24, hidden: int = 8, classes: int = 8
 ) -> Table:
-    """Normal inputs whose covariance has eigenvalues from 1 to 1/100, and the largest output of a
-    random tanh network of one hidden layer, to which noise is added that changes a tenth of them.
+    """Normal inputs whose covariance has deviations from 1 to 1/20 along random directions, and the
+    largest output of a random tanh network with one hidden layer. Noise of a tenth of the outputs'
+    deviation changes every eighth of them.
     """
     random = np.random.default_rng(seed)
-    rotation = np.linalg.qr(random.standard_normal((features, features)))[0]
-    latent = random.standard_normal((rows, features))
-    inputs = (latent * np.geomspace(1, 0.1, features)) @ rotation
-    # the network sees all directions alike: so the small ones matter, too
-    first = random.standard_normal((features, hidden)) * 2 / np.sqrt(features)
-    second = random.standard_normal((hidden, classes))
-    outputs = np.tanh(latent @ first) @ second
-    outputs = (outputs - outputs.mean(axis=0)) / outputs.std(axis=0)  # classes of about equal size
+    deviations = np.geomspace(1, 0.05, features)
+    directions = np.linalg.qr(random.standard_normal((features, features)))[0]
+    inputs = (deviations * random.standard_normal((rows, features))) @ directions
+    first = random.standard_normal((features, hidden)) * 4 / np.linalg.norm(deviations)
+    outputs = np.tanh(inputs @ first + 0.5 * random.standard_normal(hidden))
+    outputs = outputs @ random.standard_normal((hidden, classes))
+    outputs = (outputs - outputs.mean(axis=0)) / outputs.std(axis=0)  # classes of similar size
     noisy = outputs + 0.1 * random.standard_normal(outputs.shape)
     return inputs.astype(np.float32), noisy.argmax(axis=1)
 

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import socket
+import struct
 import tempfile
 import threading
 import urllib.parse
@@ -23,13 +24,15 @@ LOOKUP_SECONDS = 3.0
 
 
 def read(name: str, size: tuple[int, int] | None) -> Rows:
-    """The 'train' split of the TFDS dataset `name` (also NAME/CONFIG, NAME:VERSION), in memory.
+    """The 'train' split of the TFDS dataset `name` (also NAME/CONFIG, NAME:VERSION), mapped from a
+    file: nothing is in memory before it is used.
 
     The official test split is never read: ours is cut from 'train'. Images keep TFDS's layout [N,
     H, W, C] (one channel stays one channel) and are stored as uint8, resized to `size` (height,
-    width) where given. The rows are cached under $LEARNED_OPT_CACHE (default ~/.cache/learned-opt);
-    delete the file to read the dataset anew. $TFDS_DATA_DIR is TFDS's own folder, where a dataset
-    is looked for and prepared.
+    width) where given. Labels are integers from 0 on, or one real number, for regression. The rows
+    are cached under $LEARNED_OPT_CACHE (default ~/.cache/learned-opt), for which they are in memory
+    once; delete the file to read the dataset anew. $TFDS_DATA_DIR is TFDS's own folder, where a
+    dataset is looked for and prepared.
 
     Raises:
       ValueError: TFDS has no such dataset, or it is not one of labelled arrays of one shape, or
@@ -48,8 +51,10 @@ def read(name: str, size: tuple[int, int] | None) -> Rows:
         with filelock.FileLock(f"{path}.lock"):
             rows = _cached(path)  # another process may have written it while we waited
             if rows is None:
-                rows = _prepared(name, size, data_dir)
-                _store(path, rows)
+                _store(path, _prepared(name, size, data_dir))
+                rows = _cached(path)
+    if rows is None:
+        raise OSError(f"{path} does not hold what was just written to it")
     return rows
 
 
@@ -60,13 +65,27 @@ def _cached(path: Path) -> Rows | None:
     try:
         # Opened here because numpy leaves a truncated file open.
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            rows = Rows(file["inputs"], file["targets"], int(file["classes"]))
+            rows = Rows(_mapped(raw, "inputs"), file["targets"], int(file["classes"]))
             if str(file["sha256"]) == sha256(*rows):
                 return rows
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         pass
     logging.getLogger(__name__).warning("%s is damaged and is built anew", path)
     return None
+
+
+def _mapped(file: Any, name: str) -> np.ndarray:
+    """An array of an open .npz, which numpy itself can only read whole."""
+    with zipfile.ZipFile(file) as archive:
+        member = archive.getinfo(f"{name}.npy")
+    # after the local header and its two fields of variable length stands the .npy
+    file.seek(member.header_offset + 26)
+    file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+    version = np.lib.format.read_magic(file)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if version != (1, 0) or member.compress_type != zipfile.ZIP_STORED or fortran:
+        raise ValueError(f"{name} is not stored as numpy.savez does")
+    return np.memmap(file.name, dtype, "r", file.tell(), shape)
 
 
 def _store(path: Path, rows: Rows) -> None:
@@ -154,6 +173,13 @@ def _in_memory(builder: Any, name: str, size: tuple[int, int] | None) -> Rows:
         raise ValueError(
             f"`name` 'tfds:{name}' is not an (input, label) dataset: its keys are {keys}"
         )
+    label = builder.info.features[keys[1]]
+    kind = np.dtype(label.np_dtype).kind if label.shape == () else "O"
+    if kind not in "biuf":
+        raise ValueError(
+            f"`name` 'tfds:{name}' has the label {label}; it must be one integer (a class) or one "
+            "real number (for regression) a row"
+        )
     try:
         source = builder.as_data_source(split="train")
     except (NotImplementedError, ImportError, ValueError) as error:
@@ -161,20 +187,25 @@ def _in_memory(builder: Any, name: str, size: tuple[int, int] | None) -> Rows:
             f"`name` 'tfds:{name}' in {builder.data_path} cannot be read without TensorFlow; "
             f"prepare it anew with file_format='array_record' ({error})"
         ) from error
-    inputs, targets = [], []
+    rows = np.empty(0)
+    targets = np.empty(len(source), np.float32 if kind == "f" else np.int64)
     for index in range(len(source)):
         example = source[index]
         row = np.asarray(example[keys[0]])
-        inputs.append(row if size is None else resized(row[None], size)[0])
-        targets.append(int(example[keys[1]]))
-    shapes = {row.shape for row in inputs}
-    if len(shapes) != 1 or inputs[0].dtype.kind not in "uif":
-        raise ValueError(
-            f"`name` 'tfds:{name}' has {len(shapes)} input shapes of dtype {inputs[0].dtype}; rows "
-            "must be numbers of one shape: give images a size, as tfds:NAME@32x32"
-        )
-    stacked = np.stack(inputs)
-    if stacked.dtype != np.uint8 or stacked.ndim == 2:
-        stacked = stacked.astype(np.float32)
-    classes = getattr(builder.info.features[keys[1]], "num_classes", None) or max(targets) + 1
-    return Rows(stacked, np.asarray(targets, np.int32), int(classes))
+        row = row if size is None else resized(row[None], size)[0]
+        if index == 0 and row.dtype.kind in "uif":
+            dtype = row.dtype if row.dtype == np.uint8 and row.ndim > 1 else np.float32
+            rows = np.empty((len(source), *row.shape), dtype)
+        if row.shape != rows.shape[1:] or row.dtype.kind not in "uif":
+            raise ValueError(
+                f"`name` 'tfds:{name}' has inputs of dtype {row.dtype} and the shapes "
+                f"{rows.shape[1:]} and {row.shape}; rows must be numbers of one shape: give images "
+                "a size, as tfds:NAME@32x32"
+            )
+        rows[index], targets[index] = row, example[keys[1]]
+    if kind == "f":
+        return Rows(rows, targets, 0)
+    if targets.min() < 0:
+        raise ValueError(f"`name` 'tfds:{name}' has labels below 0, which are no classes")
+    classes = getattr(label, "num_classes", None) or int(targets.max()) + 1
+    return Rows(rows, targets.astype(np.int32), classes)
