@@ -2,32 +2,32 @@
 
 import os
 import platform
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
+from evaluation import timing
 from evaluation.baselines import BASELINES, Baseline, find
-from evaluation.curve import Curve, check_family, train_curves
+from evaluation.curve import Curve, Train, check_family, seed_keys, train_from
+from evaluation.lines import Job, Progress, longest_first, run
 from evaluation.results import Results
 from evaluation.summary import oracle, summarize
-from evaluation.timing import compile_steps, step_seconds
-from evaluation.tuning import Criterion, Tuned, baseline_seconds, prepare_seconds, tune, untuned
-from tasks.base import Key, TaskFamily
+from evaluation.tuning import Criterion, StepTime, step_time, tune, untuned
+from tasks.base import Key, TaskFamily, classes
 
 Contender = Callable[[int], optax.GradientTransformation]  # horizon -> optax
-Progress = Callable[[str, float], None]  # what was just done, share of the work done
 
 DEFAULT, ORACLE = "adam (lr 0.001)", "adam (oracle)"
 DEFAULT_HYPER = {"learning_rate": 1e-3, "cosine": 0.0, "weight_decay": 0.0}
+EVAL_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,14 @@ class Horizon:
 
     def __call__(self, _) -> optax.GradientTransformation:
         return self.contender(self.steps)
+
+
+class Outcome(NamedTuple):
+    """A row on one task."""
+
+    curve: Curve
+    chosen: dict[str, Any] | None  # hyperparameters, of a row that was tuned
+    step_time: StepTime
 
 
 def evaluate(
@@ -55,11 +63,15 @@ def evaluate(
     criterion: Criterion = "mean",
     evals: int = 20,
     workers: int = 2,
+    train: Train = train_from,
 ) -> Results:
     """Trains everything on everything and scores it against default and tuned Adam.
 
     Rows: each contender; each baseline, tuned per task (Adam always); Adam at its default learning
     rate; and an oracle that is at every step as low as the best of Adam's whole grid.
+
+    What a baseline did on a task is in the cache as soon as it is done, so that an evaluation that
+    was ended goes on from there.
 
     Args:
       contenders: name -> (horizon -> optax transformation).
@@ -67,45 +79,47 @@ def evaluate(
       progress: called with a description and the share of work done, by one thread at a time.
       key: all randomness; None for `jax.random.key(0)`.
       workers: threads that compile and train side by side.
+      train: what trains, with the arguments of `curve.train_from`; called by all these threads.
 
     Raises:
       ValueError, TypeError: before any work, for unknown baselines, taken names or an empty suite.
     """
     start = time.perf_counter()
     key = jax.random.key(0) if key is None else key
-    chosen = {tuned_name(b): b for b in find(["adam", *_names(baselines)])}
-    _check(contenders, suite, chosen)
-    budget = {"steps": steps, "seeds": seeds, "evals": evals, "key": key}
+    chosen = find(["adam", *_names(baselines)])
+    _check(contenders, suite, [tuned_name(b) for b in chosen])
+    budget = {"steps": steps, "seeds": seeds, "evals": evals, "key": key, "train": train}
     tuning = {"tuning_seeds": tuning_seeds, "criterion": criterion, "cache_dir": cache_dir}
 
-    lines: dict[tuple, dict[tuple[str, str], Callable[[], Curve | Tuned]]] = {}
+    lines: dict[tuple, list[Job]] = {}
     for task, family in suite.items():
-        for name, baseline in chosen.items():
+        for baseline in chosen:
             # Those that share a compiled program wait in one line, so that it is compiled once.
-            job = partial(_tune, baseline, family, **budget, **tuning)
-            lines.setdefault((task, baseline.make), {})[name, task] = job
+            runs = len(baseline.grid()["learning_rate"]) * (seeds + tuning_seeds)
+            work = partial(_tune, baseline, family, **budget, **tuning)
+            job = Job(task, tuned_name(baseline), runs, work)
+            lines.setdefault((task, baseline.make), []).append(job)
         for name, contender in contenders.items():
-            lines[task, name] = {(name, task): partial(_train, contender, family, **budget)}
-    outcomes = _run(list(lines.values()), workers, progress)
+            work = partial(_train, name, contender, family, **budget)
+            lines[task, name] = [Job(task, name, seeds, work)]
+    outcomes = run(longest_first(list(lines.values()), suite), workers, _share_of(progress, 0.8))
 
     rows = {name: {"kind": "contender", "chosen": {}} for name in contenders}
-    rows |= {name: {"kind": "tuned", "chosen": {}} for name in chosen}
+    rows |= {tuned_name(baseline): {"kind": "tuned", "chosen": {}} for baseline in chosen}
     rows |= {DEFAULT: {"kind": "default", "chosen": {}}, ORACLE: {"kind": "oracle", "chosen": {}}}
     curves: dict[str, dict[str, Curve]] = {name: {} for name in rows}
-    adam = tuned_name(BASELINES["adam"])
     for count, (task, family) in enumerate(suite.items(), 1):
+        _prepare([outcomes[name, task].step_time for name in rows], workers)
         # Time per step is measured here, alone: the other threads would have disturbed it.
-        for name, contender in contenders.items():
-            seconds = step_seconds(family, Horizon(contender, steps), key)
-            curves[name][task] = _timed(outcomes[name, task], seconds)
-        for name, baseline in chosen.items():
-            seconds = baseline_seconds(baseline, family, key=key, cache_dir=cache_dir)
-            tuned = outcomes[name, task]
-            curves[name][task] = _timed(tuned.curve, seconds)
-            rows[name]["chosen"][task] = {**tuned.chosen, "at_edge": bool(tuned.at_edge)}
-        seconds = baseline_seconds(BASELINES["adam"], family, key=key, cache_dir=cache_dir)
-        curves[DEFAULT][task] = _timed(untuned(outcomes[adam, task], **DEFAULT_HYPER), seconds)
-        curves[ORACLE][task] = oracle(curves[adam][task])
+        for name, row in rows.items():
+            outcome = outcomes[name, task]
+            own, adam = outcome.step_time.seconds()
+            curves[name][task] = outcome.curve._replace(
+                seconds_per_step=own, adam_seconds_per_step=adam
+            )
+            if outcome.chosen is not None:
+                row["chosen"][task] = outcome.chosen
+        _forget_steps(family)
         if progress:
             progress(f"{task}: time per step", 0.8 + 0.2 * count / len(suite))
 
@@ -115,8 +129,9 @@ def evaluate(
         "seeds": seeds,
         "tuning_seeds": tuning_seeds,
         "criterion": criterion,
-        "grids": {b.name: len(b.grid()["learning_rate"]) for b in chosen.values()},
+        "grids": {b.name: len(b.grid()["learning_rate"]) for b in chosen},
     }
+    adam = tuned_name(BASELINES["adam"])
     return summarize(about, rows, curves, default=DEFAULT, tuned=adam)
 
 
@@ -143,49 +158,52 @@ def _names(baselines: str | Iterable[str]) -> list[str]:
     return [baselines] if isinstance(baselines, str) else list(baselines)
 
 
-def _check(contenders, suite, baselines) -> None:
+def _check(contenders: Mapping, suite: Mapping[str, TaskFamily], rows: Iterable[str]) -> None:
     if not suite:
         raise ValueError("`suite` must hold at least one task family, got none")
-    taken = sorted({DEFAULT, ORACLE, *baselines} & set(contenders))
+    taken = sorted({DEFAULT, ORACLE, *rows} & set(contenders))
     if taken:
         raise ValueError(f"`contenders` uses names of baselines, got {taken}: call them otherwise")
     for family in suite.values():
         check_family(family)
 
 
-def _train(contender: Contender, family: TaskFamily, *, steps: int, **budget) -> Curve:
+def _train(
+    name: str, contender: Contender, family: TaskFamily, *, steps, seeds, key, train, evals
+) -> dict[str, Outcome]:
     make = Horizon(contender, steps)
-    compile_steps(family, make, budget["key"])
-    return train_curves(family, make, np.zeros(1), steps=steps, **budget).pick(0)
+    budget = {"steps": steps, "evals": evals, "eval_batches": EVAL_BATCHES}
+    curve = train(family, make, np.zeros(1), seed_keys(key, seeds), **budget).pick(0)
+    return {name: Outcome(curve, None, StepTime(family, make, key))}
 
 
-def _tune(baseline: Baseline, family: TaskFamily, *, key: Key, cache_dir, **budget) -> Tuned:
-    # Time per step is measured one by one later on; compiling for it can be done here, in parallel.
-    prepare_seconds(baseline, family, key=key, cache_dir=cache_dir)
-    return tune(baseline, family, key=key, cache_dir=cache_dir, **budget)
+def _tune(baseline: Baseline, family: TaskFamily, *, key: Key, cache_dir, **options):
+    time = step_time(baseline, family, key=key, cache_dir=cache_dir)
+    tuned = tune(
+        baseline, family, key=key, cache_dir=cache_dir, eval_batches=EVAL_BATCHES, **options
+    )
+    # The grid ends here: of many baselines on many tasks it would not fit in memory.
+    chosen = {**tuned.chosen, "at_edge": bool(tuned.at_edge)}
+    outcomes = {tuned_name(baseline): Outcome(tuned.curve, chosen, time)}
+    if baseline.name == "adam":
+        default = untuned(tuned, **DEFAULT_HYPER)
+        outcomes[DEFAULT] = Outcome(default, None, time)
+        outcomes[ORACLE] = Outcome(oracle(tuned.curve), None, time)
+    return outcomes
 
 
-def _run(lines, workers: int, progress: Progress | None) -> dict:
-    """Outcome of every job: lines side by side, the jobs of a line one after another."""
-    lock, total, done = threading.Lock(), sum(map(len, lines)), []
-
-    def run(line):
-        outcomes = {}
-        for (name, task), job in line.items():
-            outcomes[name, task] = job()
-            with lock:
-                done.append(name)
-                if progress:
-                    progress(f"{task}: {name}", 0.8 * len(done) / total)
-        return outcomes
-
-    pool = ThreadPoolExecutor(max_workers=workers)
-    try:
-        futures = [pool.submit(run, line) for line in lines]
-        return {job: outcome for f in futures for job, outcome in f.result().items()}
-    finally:  # after an error or Ctrl-C, what has not begun is dropped
-        pool.shutdown(cancel_futures=True)
+def _prepare(times: list[StepTime], workers: int) -> None:
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        for _ in pool.map(StepTime.prepare, times):
+            pass
 
 
-def _timed(curve: Curve, seconds: tuple[float, float]) -> Curve:
-    return curve._replace(seconds_per_step=seconds[0], adam_seconds_per_step=seconds[1])
+def _share_of(progress: Progress | None, share: float) -> Progress | None:
+    """Progress of a part that is so much of the whole, and its beginning."""
+    return progress and (lambda what, done: progress(what, share * done))
+
+
+def _forget_steps(family: TaskFamily) -> None:
+    """Frees what `_prepare` compiled, which of many baselines on many tasks is much memory."""
+    program: Any = timing._program(jax.default_backend(), classes(family))
+    program.clear_cache()

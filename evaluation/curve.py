@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ from tasks.base import Key, TaskFamily, behind, classes, train_step
 
 Scalar = np.ndarray | np.floating | float
 MakeOptimizer = Callable[[Any], optax.GradientTransformation]
+Train = Callable[..., "Curve"]  # `train_from`, or what gives its results by other means
 
-STATIC = ("make_optimizer", "steps", "evals", "eval_batches", "parallel")
+STATIC = ("steps", "evals", "eval_batches", "keys_at_once")
 
 
 class Curve(NamedTuple):
@@ -35,13 +37,16 @@ class Curve(NamedTuple):
     state_bytes_per_param: Scalar
 
     def pick(self, index: int) -> "Curve":
-        """Curve `index` of a grid; its envelope becomes its own, one per seed."""
-        train = self.train[index]
+        """Curve `index` of a grid; its envelope becomes its own, one per seed.
+
+        A copy, which does not keep the grid in memory.
+        """
+        train = self.train[index].copy()
         return self._replace(
             train=train,
-            valid=self.valid[index],
-            test=self.test[index],
-            valid_normalized=self.valid_normalized[index],
+            valid=self.valid[index].copy(),
+            test=self.test[index].copy(),
+            valid_normalized=self.valid_normalized[index].copy(),
             envelope=envelope(train[None]),
         )
 
@@ -66,20 +71,26 @@ def train_curves(
 
     Args:
       family: a pytree whose arrays become arguments of the compiled program.
-      make_optimizer: hashable; called in the trace with one entry of `hypers`.
+      make_optimizer: hashable; called in the trace with one entry of `hypers`. Where it has an
+        `evaluated` that is not None, valid and test losses are of `evaluated(opt_state, params)`.
       hypers: pytree of arrays with leading axis G.
       evals: evaluations on `valid` and `test`, evenly spaced, the last after the last step.
       eval_batches: batches averaged at each evaluation, the same ones every time.
-      parallel: runs advanced at once; bounds memory.
+      parallel: runs advanced at once; bounds memory on the device.
 
     Returns:
       A `Curve` of numpy arrays whose losses have shape [G, seeds, ...]; timings are NaN.
     """
     if seeds < 1:
         raise ValueError(f"`seeds` must be at least 1, got {seeds}")
-    keys = jax.vmap(lambda seed: jax.random.fold_in(key, seed))(jnp.arange(seeds))
     budget = {"steps": steps, "evals": evals, "eval_batches": eval_batches}
+    keys = seed_keys(key, seeds)
     return train_from(family, make_optimizer, hypers, keys, **budget, parallel=parallel)
+
+
+def seed_keys(key: Key, seeds: int) -> jax.Array:
+    """[seeds] the keys that `train_curves` draws from."""
+    return jax.vmap(lambda seed: jax.random.fold_in(key, seed))(jnp.arange(seeds))
 
 
 def train_from(
@@ -93,15 +104,24 @@ def train_from(
     eval_batches: int,
     parallel: int = 32,
 ) -> Curve:
-    """`train_curves` from given seed keys [S]."""
+    """`train_curves` from given seed keys [S]. Grids of one optimizer that have a chunk of the same
+    size, the greatest divisor of G that is at most `parallel`, share one compiled program.
+    """
     check_family(family)
     if not 1 <= evals <= steps:
         raise ValueError(f"`evals` must be in 1..`steps`, got {evals} and {steps}: lower `evals`")
-    losses = _program(jax.default_backend(), classes(family))(
-        family, hypers, keys, make_optimizer=make_optimizer, steps=steps, evals=evals,
-        eval_batches=eval_batches, parallel=parallel,
-    )  # fmt: skip
-    train, valid, test, normalized = (np.asarray(loss) for loss in losses)
+    program = _program(jax.default_backend(), classes(family), make_optimizer)
+    count = len(jax.tree.leaves(hypers)[0])
+    size = _divisor(count, parallel)
+    chunks = []
+    for start in range(0, count, size):
+        losses = program(
+            family, jax.tree.map(lambda hyper, at=start: hyper[at : at + size], hypers), keys,
+            steps=steps, evals=evals, eval_batches=eval_batches,
+            keys_at_once=_divisor(len(keys), parallel // size),
+        )  # fmt: skip
+        chunks.append([np.asarray(loss) for loss in losses])
+    train, valid, test, normalized = map(np.concatenate, zip(*chunks, strict=True))
     return Curve(
         train=train,
         valid=valid,
@@ -131,25 +151,32 @@ def eval_steps(steps: int, evals: int) -> np.ndarray:
 
 
 def compiler_options(backend: str) -> dict[str, int] | None:
-    """Options for programs that run once: on CPU, LLVM's full effort costs more than it saves.
+    """Options for programs that run once: on CPU, LLVM's full effort costs more than it saves. None
+    where XLA_FLAGS asks for a level.
 
     Measured on 2 cores with 8x8 digits: level 1 halves compilation, runs an MLP as fast, and a conv
     net a fifth to a half slower.
     """
-    return {"xla_backend_optimization_level": 1} if backend == "cpu" else None
+    level = "xla_backend_optimization_level"
+    asked = level in os.environ.get("XLA_FLAGS", "")
+    return {level: 1} if backend == "cpu" and not asked else None
 
 
-@functools.cache
-def _program(backend: str, family_classes: tuple):
-    del family_classes  # one jit each, see `tasks.base.classes`
-    options = compiler_options(backend)
-    return jax.jit(_train, static_argnames=STATIC, compiler_options=options)
+@functools.lru_cache(maxsize=16)
+def _program(backend: str, family_classes: tuple, make_optimizer: MakeOptimizer):
+    """A jit for each family's classes, see `tasks.base.classes`, and for each optimizer: what is
+    compiled takes some 10 MB, and goes when its jit goes.
+    """
+    del family_classes
+    train = functools.partial(_train, make_optimizer)
+    return jax.jit(train, static_argnames=STATIC, compiler_options=compiler_options(backend))
 
 
-def _train(family, hypers, keys, *, make_optimizer, steps, evals, eval_batches, parallel):
+def _train(make_optimizer, family, hypers, keys, *, steps, evals, eval_batches, keys_at_once):
     """Losses [G, S, ...]: train, valid, test, normalised valid."""
     stops = jnp.asarray(eval_steps(steps, evals))
     starts = jnp.concatenate([jnp.zeros(1, stops.dtype), stops[:-1]])
+    evaluated = getattr(make_optimizer, "evaluated", None) or (lambda opt_state, params: params)
 
     def run(key, hyper):
         task_key, init_key, batch_key, eval_key = jax.random.split(key, 4)
@@ -173,7 +200,8 @@ def _train(family, hypers, keys, *, make_optimizer, steps, evals, eval_batches, 
 
         def segment(carry, bounds: tuple[jax.Array, jax.Array]):
             carry = jax.lax.fori_loop(*bounds, step, carry)
-            losses = jax.lax.map(lambda batch: task.loss(carry[0], batch), held_out)
+            judged = evaluated(carry[1], carry[0])
+            losses = jax.lax.map(lambda batch: task.loss(judged, batch), held_out)
             return carry, losses.reshape(2, eval_batches).mean(axis=1)
 
         carry = (params, optimizer.init(params), jnp.zeros(steps))
@@ -182,11 +210,8 @@ def _train(family, hypers, keys, *, make_optimizer, steps, evals, eval_batches, 
         return carry[2], valid, test, jax.vmap(task.normalize)(valid)
 
     # The grid is the inner axis: runs that share a seed share its batches, which are drawn once.
-    at_once = _divisor(len(jax.tree.leaves(hypers)[0]), parallel)
-    grid = lambda key: jax.lax.map(  # noqa: E731
-        lambda hyper: run(key, hyper), hypers, batch_size=at_once
-    )
-    losses = jax.lax.map(grid, keys, batch_size=_divisor(len(keys), parallel // at_once))
+    grid = jax.vmap(run, (None, 0))
+    losses = jax.lax.map(lambda key: grid(key, hypers), keys, batch_size=keys_at_once)
     return jax.tree.map(lambda loss: jnp.swapaxes(loss, 0, 1), losses)
 
 

@@ -1,6 +1,7 @@
 """The report's figures. Drawn with matplotlib's object interface: no display, no global state."""
 
 import io
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -30,22 +31,60 @@ STYLE: dict[Any, Any] = {
 }
 
 
+MOST_TUNED, MOST_SHADED = 8, 7  # baselines in a figure, rows with a range
+GREY = {"color": "#777777", "zorder": 2}
+
+
+def ranked(results: Results) -> list[str]:
+    """Rows, best mean training loss against tuned Adam first."""
+
+    def rank(row: str) -> float:
+        score = results.summary[row]["mean_train_vs_tuned"]
+        assert score is not None, row  # every kind of row has a training loss
+        return -score[0]
+
+    return sorted(results.rows, key=rank)
+
+
+def drawn(results: Results) -> list[str]:
+    """The rows that figures have room for: of tuned baselines Adam and the best of the others."""
+    adam, *others = (name for name, row in results.rows.items() if row["kind"] == "tuned")
+    best = [adam, *(name for name in ranked(results) if name in others)]
+    left_out = {*best[MOST_TUNED:]}
+    return [name for name in results.rows if name not in left_out]
+
+
+def shaded(results: Results) -> list[str]:
+    """The rows whose range is drawn too: all, unless shade would then hide all lines."""
+    names = drawn(results)
+    if len(names) <= MOST_SHADED:
+        return names
+    adam = next(name for name in names if results.rows[name]["kind"] == "tuned")
+    return [name for name in names if results.rows[name]["kind"] == "contender" or name == adam]
+
+
 def looks(results: Results) -> dict[str, dict[str, Any]]:
-    """Line style of each row: contenders thick, default dashed, oracle dotted."""
-    contenders, tuned = iter(CONTENDER_COLOURS * 9), iter(BASELINE_COLOURS * 9)
+    """Line style of each row that is `drawn`: contenders thick, default dashed, oracle dotted."""
+    contenders = itertools.cycle(CONTENDER_COLOURS)
+    count = sum(row["kind"] == "contender" for row in results.rows.values())
+    free = [colour for colour in BASELINE_COLOURS if colour not in CONTENDER_COLOURS[:count]]
+    tuned = itertools.product(("-", (0, (5, 1)), (0, (3, 1, 1, 1))), free)
     kinds = {
         "contender": lambda: {"color": next(contenders), "linewidth": 2.6, "zorder": 4},
-        "tuned": lambda: {"color": next(tuned), "linewidth": 1.5, "zorder": 3},
-        "default": lambda: {"color": "#777777", "linewidth": 1.5, "linestyle": "--", "zorder": 2},
-        "oracle": lambda: {"color": "#777777", "linewidth": 1.3, "linestyle": ":", "zorder": 2},
+        "tuned": lambda: (
+            dict(zip(("linestyle", "color"), next(tuned), strict=True))
+            | {"linewidth": 1.5, "zorder": 3}
+        ),
+        "default": lambda: {"linewidth": 1.5, "linestyle": "--", **GREY},
+        "oracle": lambda: {"linewidth": 1.3, "linestyle": ":", **GREY},
     }
-    return {name: kinds[row["kind"]]() for name, row in results.rows.items()}
+    return {name: kinds[results.rows[name]["kind"]]() for name in drawn(results)}
 
 
 def loss_curves(results: Results) -> Figure:
     """Smoothed training loss, one panel per task, the range over seeds shaded."""
-    tasks, styles = results.about["tasks"], looks(results)
-    columns = min(3, len(tasks))
+    tasks, styles, bands = results.about["tasks"], looks(results), shaded(results)
+    columns = min(3 if len(tasks) <= 9 else 4, len(tasks))
     rows = math.ceil(len(tasks) / columns)
     with matplotlib.rc_context(STYLE):
         width = max(6.5, 3.7 * columns)
@@ -57,15 +96,17 @@ def loss_curves(results: Results) -> Figure:
             for name, style in styles.items():
                 curve = _as_arrays(results.curves[name][task])
                 (line,) = panel.plot(curve["steps"], curve["mean"], label=name, **style)
-                panel.fill_between(
-                    curve["steps"], curve["low"], curve["high"], color=line.get_color(),
-                    alpha=0.15, linewidth=0, zorder=1,
-                )  # fmt: skip
+                if name in bands:
+                    panel.fill_between(
+                        curve["steps"], curve["low"], curve["high"], color=line.get_color(),
+                        alpha=0.15, linewidth=0, zorder=1,
+                    )  # fmt: skip
             _frame_losses(panel, [results.curves[name][task] for name in styles])
             panel.set_title(task, loc="left", fontsize=11, fontweight="bold")
-            panel.set_xlabel("training step")
         for panel in panels[:, 0]:
             panel.set_ylabel("training loss")
+        for panel in panels.flat[max(0, len(tasks) - columns) : len(tasks)]:
+            panel.set_xlabel("training step")  # of the last in every column
         for panel in panels.flat[len(tasks) :]:
             panel.set_visible(False)
         handles, labels = panels.flat[0].get_legend_handles_labels()

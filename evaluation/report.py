@@ -1,6 +1,7 @@
 """One self-contained report.html, and the same table for a terminal."""
 
 import html
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import rich.table
 
 from evaluation import plots, training_plots
 from evaluation.atomic import replacing
+from evaluation.plots import ranked
 from evaluation.results import Results
 from evaluation.stats import iqm
 
@@ -44,11 +46,12 @@ CRITERIA = {
     "final": "its validation loss at the end",
     "train": "its training loss averaged over training",
 }
+TASKS_ABREAST = 6  # columns of a table that a page has room for
 STYLESHEET = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1a1a1a;background:#fff;max-width:1150px;
 margin:2rem auto;padding:0 1rem}
 h1{margin-bottom:.2rem} h2{margin-top:2.2rem} p{max-width:75ch}
-table{border-collapse:collapse;font-size:13.5px} .wide{overflow-x:auto}
+table{border-collapse:collapse;font-size:13.5px} .wide{overflow-x:auto;margin-bottom:1.5rem}
 th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid #ddd;vertical-align:top}
 th:first-child,td:first-child{text-align:left}
 thead th{border-bottom:2px solid #555;vertical-align:bottom}
@@ -88,7 +91,8 @@ def render(
         "<h2>Loss curves</h2>",
         plots.svg(plots.loss_curves(results)),
         "<p class=note>Training loss, smoothed, lower is better: the line is the mean over seeds, "
-        "the shade their range; the frame ends at twice the highest starting loss.</p>",
+        f"the shade their range; the frame ends at twice the highest starting loss.</p>"
+        f"{_left_out(results)}",
         "<h2>Performance profile</h2>",
         plots.svg(plots.profile(results)),
         "<p class=note>Further right and higher is better: the height at 2x is the share of all "
@@ -139,17 +143,6 @@ def table(results: Results) -> rich.table.Table:
     return view
 
 
-def ranked(results: Results) -> list[str]:
-    """Rows, best mean training loss against tuned Adam first."""
-
-    def rank(row: str) -> float:
-        score = results.summary[row]["mean_train_vs_tuned"]
-        assert score is not None, row  # every kind of row has a training loss
-        return -score[0]
-
-    return sorted(results.rows, key=rank)
-
-
 def _cell(values: Sequence[float] | None, column: str, digits: int = 3) -> tuple[str, str, str]:
     """Text of the estimate, text of the interval, and the CSS class of a clear win or loss."""
     if values is None:
@@ -168,10 +161,24 @@ def _short(value: float, digits: int) -> str:
     return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
+def _left_out(results: Results) -> str:
+    if len(plots.drawn(results)) == len(results.rows):
+        return ""
+    return (
+        f"<p class=note>Figures show Adam and, of the other tuned baselines, the "
+        f"{plots.MOST_TUNED - 1} that are best in the table above; and ranges of Adam and of what "
+        "is judged here alone.</p>"
+    )
+
+
 def _header(results: Results) -> str:
     about = results.about
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    grids = ", ".join(f"{name} {size}" for name, size in about["grids"].items())
+    sizes = sorted({*about["grids"].values()})
+    grids = "; ".join(
+        f"{size} {', '.join(name for name, own in about['grids'].items() if own == size)}"
+        for size in sizes
+    )
     contenders = [name for name, row in results.rows.items() if row["kind"] == "contender"]
     named = ", ".join(contenders) or "baselines only"
     return (
@@ -236,6 +243,12 @@ def _reading_training(metrics: Sequence[Mapping[str, Any]], truncation: int | No
 
 def _per_task(results: Results) -> str:
     tasks = results.about["tasks"]
+    count = -(-len(tasks) // TASKS_ABREAST)  # of tables, about as wide as each other
+    bounds = [index * len(tasks) // count for index in range(count + 1)]
+    return "".join(_of_tasks(results, tasks[a:b]) for a, b in itertools.pairwise(bounds))
+
+
+def _of_tasks(results: Results, tasks: Sequence[str]) -> str:
     head = "".join(f"<th>{html.escape(task)}</th>" for task in tasks)
     body = []
     for name in ranked(results):

@@ -5,6 +5,7 @@ import functools
 import os
 import platform
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from evaluation.baselines import Baseline, Scheduled, adam_with_decay
+from evaluation.baselines import ADAM, Baseline, Scheduled
 from evaluation.cache import cached, content_hash, default_directory
-from evaluation.curve import Curve, MakeOptimizer, envelope, train_from
+from evaluation.curve import Curve, MakeOptimizer, Train, envelope, seed_keys, train_from
 from evaluation.timing import compile_steps, reference_adam, step_seconds
 from tasks.base import Key, TaskFamily
 
@@ -45,6 +46,7 @@ def tune(
     evals: int = 20,
     eval_batches: int = 4,
     cache_dir: str | Path | None = None,
+    train: Train = train_from,
 ) -> Tuned:
     """Runs the whole grid, or reads it from the cache, and chooses by `criterion`.
 
@@ -54,6 +56,8 @@ def tune(
       criterion: normalised validation loss, "mean" over the evaluations of a run (speed counts) or
         "final"; or "train", the mean training loss, the reference's best case in that metric.
       cache_dir: see `cache.default_directory` for None. The cache does not depend on `criterion`.
+      train: what runs a grid that is not in the cache, with the arguments of `curve.train_from`;
+        only this process writes the cache.
     """
     if criterion not in (criteria := get_args(Criterion)):
         raise ValueError(f"`criterion` must be one of {', '.join(criteria)}, got {criterion!r}")
@@ -66,11 +70,9 @@ def tune(
 
     def sweep() -> dict[str, np.ndarray]:
         tuning_key = jax.random.fold_in(key, np.uint32(0xFFFFFFFF))  # no seed has that index
-        keys = [jax.random.fold_in(key, seed) for seed in range(seeds)]
-        keys += [jax.random.fold_in(tuning_key, seed) for seed in range(tuning_seeds)]
-        make = Scheduled(baseline.make, steps)
-        grid = train_from(family, make, hypers, jnp.stack(keys), **budget)
-        return grid._asdict()
+        keys = jnp.concatenate([seed_keys(key, seeds), seed_keys(tuning_key, tuning_seeds)])
+        make = Scheduled(baseline.make, steps, baseline.evaluated)
+        return train(family, make, hypers, keys, **budget)._asdict()
 
     counts = (seeds, tuning_seeds, *budget.values())
     name = content_hash(family, baseline, counts, _key_bytes(key))
@@ -111,33 +113,41 @@ def untuned(tuned: Tuned, **hyper: float) -> Curve:
     return tuned.grid.pick(int(distance.argmin()))
 
 
-def baseline_seconds(
-    baseline: Baseline, family: TaskFamily, *, key: Key, cache_dir: str | Path | None = None
-) -> tuple[float, float]:
-    """`timing.step_seconds` of a baseline, measured once per task and machine, then cached.
+@dataclass(frozen=True)
+class StepTime:
+    """`timing.step_seconds` of an optimizer, kept in the file `path` if it has one.
 
     Both figures come from one measurement, so their ratio stays meaningful on another day.
-    Machines are told apart by `machine`.
     """
 
-    def measure() -> dict[str, np.ndarray]:
-        return {"seconds": np.array(step_seconds(family, fixed(baseline), key))}
+    family: TaskFamily
+    make_optimizer: MakeOptimizer
+    key: Key
+    path: Path | None = None
 
-    own, adam = cached(_seconds_path(baseline, family, cache_dir), ("seconds",), measure)["seconds"]
-    return float(own), float(adam)
+    def prepare(self) -> None:
+        """Compiles what is to be measured, if anything: that may be done side by side."""
+        if self.path is None or not self.path.exists():
+            compile_steps(self.family, self.make_optimizer, self.key)
+
+    def seconds(self) -> tuple[float, float]:
+        """The optimizer's and Adam's, measured or read. Nothing else should run meanwhile."""
+
+        def measure() -> dict[str, np.ndarray]:
+            return {"seconds": np.array(step_seconds(self.family, self.make_optimizer, self.key))}
+
+        found = measure() if self.path is None else cached(self.path, ("seconds",), measure)
+        own, adam = found["seconds"]
+        return float(own), float(adam)
 
 
-def prepare_seconds(
+def step_time(
     baseline: Baseline, family: TaskFamily, *, key: Key, cache_dir: str | Path | None = None
-) -> None:
-    """Compiles what `baseline_seconds` is going to need, if anything."""
-    if not _seconds_path(baseline, family, cache_dir).exists():
-        compile_steps(family, fixed(baseline), key)
-
-
-def _seconds_path(baseline, family, cache_dir) -> Path:
+) -> StepTime:
+    """Of a baseline: measured once per task and `machine`."""
     name = content_hash(family, baseline, "seconds", machine())
-    return Path(cache_dir or default_directory()) / f"{baseline.name}-seconds-{name[:32]}.npz"
+    path = Path(cache_dir or default_directory()) / f"{baseline.name}-seconds-{name[:32]}.npz"
+    return StepTime(family, fixed(baseline), key, path)
 
 
 @functools.cache
@@ -161,7 +171,7 @@ def _processor() -> str:
 
 def fixed(baseline: Baseline) -> MakeOptimizer:
     """`baseline` at the first entry of its grid, with Python numbers: what a user would write."""
-    if baseline.make is adam_with_decay and baseline.weight_decays == (0.0,):
+    if baseline.make == ADAM and baseline.weight_decays == (0.0,):
         return reference_adam
     return Fixed(baseline.make, baseline.learning_rates[0], baseline.weight_decays[0])
 

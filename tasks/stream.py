@@ -212,17 +212,21 @@ def scan_blocks(
         draw(replaced, key)
         return [stand_in.rows for stand_in in stand_ins]
 
-    def one(carry: Any, drawn: tuple) -> tuple[Any, Any]:
-        key, given = drawn
-        return step(carry, draw(_with_stand_ins(task, given)[0], key))
-
     def block(carry: Any, numbers: tuple) -> tuple[Any, Any]:
         keys, rows, following = numbers
         given = [
             array.gather(*both)
             for array, *both in zip(host_arrays(task), rows, following, strict=True)
         ]
-        return jax.lax.scan(jax.checkpoint(one) if remat else one, carry, (keys, given))
+
+        def one(carry: Any, numbered: tuple) -> tuple[Any, Any]:
+            index, key = numbered
+            # not the inputs of the scan, which would be transposed where particles are vmapped
+            here = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, False), given)
+            return step(carry, draw(_with_stand_ins(task, here)[0], key))
+
+        numbered = jnp.arange(len(keys)), keys
+        return jax.lax.scan(jax.checkpoint(one) if remat else one, carry, numbered)
 
     count = max(n for n in range(1, BLOCKS + 1) if len(keys) % n == 0)
     keys = keys.reshape(count, -1)

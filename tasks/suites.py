@@ -88,7 +88,9 @@ def _train_diverse() -> Suite:
         "teacher_mlp": Bfloat16(TabularMLP("teacher", hidden=(24,), dynamic=varied)),
         "wine_mlp": NormalizedGradients(TabularMLP("wine", hidden=(16, 16), dynamic=varied)),
         "friedman_mlp": DelayedGradients(TabularMLP("friedman", hidden=(24,), dynamic=plain)),
-        "iris_mlp": RandomDirections(TabularMLP("iris", hidden=(8,), dynamic=scaled)),
+        "iris_mlp": RandomDirections(
+            TabularMLP("iris", hidden=(8,), dynamic=scaled), directions=(1, 64)
+        ),
         "docs_gru": Reparam(
             RnnLM("python_docs", "gru", embed=8, hidden=16, length=12, batch_size=8), "tensor"
         ),

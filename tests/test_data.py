@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -14,7 +15,6 @@ import pytest
 import tensorflow_datasets as tfds
 
 from tasks import data, tfds_source
-
 
 NO_STATISTICS = data.Statistics(0.0, 0.0, 0.0)
 
@@ -44,6 +44,25 @@ class TinyImages(tfds.core.GeneratorBasedBuilder):
         for row in range(40):
             image = np.full((6, 6, 1), 5 * row, np.uint8)
             yield row, {"image": image, "label": row % 4}
+
+
+class TinyNumbers(TinyImages):
+    """40 rows (row, row ** 2) with the real target 3 * row + 1."""
+
+    def _info(self):
+        features = {
+            "numbers": tfds.features.Tensor(shape=(2,), dtype=np.float64),
+            "value": tfds.features.Scalar(np.float32),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("numbers", "value"),
+        )
+
+    def _generate_examples(self):
+        for row in range(40):
+            yield row, {"numbers": np.array([row, row**2], np.float64), "value": 3 * row + 1}
 
 
 @pytest.fixture
@@ -128,7 +147,8 @@ def test_repr_is_the_name_and_the_fingerprint_follows_the_content():
     [
         ("digit", "`name` 'digit'. Did you mean 'digits'.*breast_cancer.*tfds:NAME"),
         ("digits/heldout", "Did you mean 'digits/held_out'"),
-        ("digits@4", r"SOURCE\[@HxW\]"),
+        ("stream:digit", "Did you mean 'digits'"),
+        ("digits@4", r"\[stream:\]SOURCE\[@HxW\]"),
         ("wine@4x4", "only images have a size"),
         ("tfds:no_such_dataset", "`name` 'tfds:no_such_dataset'.*list_builders.*digits"),
     ],
@@ -169,6 +189,39 @@ def test_tfds_without_tensorflow(folders, monkeypatch):
     monkeypatch.setattr(tfds_source, "_prepared", None)  # the cache alone must do
     data.load.cache_clear()
     assert data.load("tfds:tiny_images@3x2/meta_train").fingerprint == dataset.fingerprint
+
+
+def test_tfds_streams_from_the_file_of_the_cache(folders):
+    resident, streamed = (data.load(f"{p}tfds:tiny_images@3x2") for p in ("", "stream:"))
+    (path,) = (folders / "cache").glob("*.npz")
+    mapped = streamed.inputs._array
+    assert isinstance(mapped, np.memmap)
+    assert str(mapped.filename) == str(path)
+    assert streamed.statistics == resident.statistics
+    pixel = np.arange(40) * 5 / 255
+    train = np.sort(resident.inputs[: resident.splits[0][1], 0, 0, 0]) / 255
+    assert streamed.statistics.variance == pytest.approx(train.var())
+    assert set(train) <= set(pixel)
+    batches = [jax.jit(lambda d: d.batch(jax.random.key(0), "train", 30))(d)
+               for d in (jax.device_put(resident), streamed)]  # fmt: skip
+    assert jax.device_put(resident).inputs.dtype == np.uint8
+    jax.tree.map(np.testing.assert_array_equal, *batches)
+
+
+def test_real_labels_of_tfds_are_regression_and_others_are_refused(folders):
+    dataset = data.load("tfds:tiny_numbers")
+    assert dataset.classes == 0
+    assert dataset.statistics.target == pytest.approx(1)
+    np.testing.assert_allclose(  # both are linear in the row, and standardised alike
+        dataset.targets, dataset.inputs[:, 0], atol=1e-5
+    )
+    features = {"image": tfds.features.Tensor(shape=(2,), dtype=np.uint8)}
+    for label in (tfds.features.Text(), tfds.features.Tensor(shape=(3,), dtype=np.float32)):
+        info = types.SimpleNamespace(
+            features=features | {"label": label}, supervised_keys=("image", "label")
+        )
+        with pytest.raises(ValueError, match=r"has the label .*one real number"):
+            tfds_source._in_memory(types.SimpleNamespace(info=info), "x", None)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped", "other rows", "empty"])

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from evaluation import baselines, curve, report, timing
+from evaluation import baselines, curve, plots, report, timing
 from evaluation.baselines import Baseline
 from evaluation.benchmark import DEFAULT, ORACLE, evaluate
 from evaluation.cache import cached, content_hash
@@ -113,7 +113,7 @@ def test_divergence_is_data():
 
 def test_family_data_is_an_argument_of_the_program():
     family = Bowl(jnp.zeros((4, 3)), noise=0.3)
-    program = curve._program(jax.default_backend(), classes(family))
+    program = curve._program(jax.default_backend(), classes(family), sgd_of)
     first = curves(family, [0.2])
     count = program._cache_size()
     second = curves(Bowl(jnp.ones((4, 3)), noise=0.3), [0.2])
@@ -131,7 +131,8 @@ def test_families_of_equal_fields_have_programs_of_their_own():
     one, other = Bowl(jnp.zeros((4, 3)), noise=0.3), Twin(jnp.zeros((4, 3)), noise=0.3)
     assert classes(one) == (Bowl, *[()] * len(dataclasses.fields(Bowl))) != classes(other)
     backend = jax.default_backend()
-    assert curve._program(backend, classes(one)) is not curve._program(backend, classes(other))
+    programs = [curve._program(backend, classes(family), sgd_of) for family in (one, other)]
+    assert programs[0] is not programs[1]
     assert classes(dataclasses.replace(one, centres=other)) != classes(one)  # also inside
 
 
@@ -146,14 +147,6 @@ def test_bad_arguments_are_named():
         baselines.find("adm")
     with pytest.raises(ValueError, match="`criterion` must be"):
         tune(SGD, QUIET, steps=4, seeds=1, key=KEY, criterion="best")
-
-
-def test_baseline_grids():
-    for baseline in baselines.find("baselines/quick"):
-        assert len(baseline.learning_rates) >= 9
-        np.testing.assert_allclose(
-            np.diff(np.log10(baseline.learning_rates)), 0.5, atol=2e-3
-        )  # half decades
 
 
 def test_schedule_is_constant_or_cosine():
@@ -192,18 +185,17 @@ def test_tuning_finds_the_learning_rate_that_solves_the_bowl_in_one_step(cache_d
     assert (found.curve.envelope <= found.grid.train[4].mean(axis=0) + 1e-6).all()
 
 
-def test_cache_hit_is_identical_and_a_damaged_file_is_recomputed(tmp_path, monkeypatch):
+def test_cache_hit_is_identical_and_a_damaged_file_is_recomputed(tmp_path):
     first = tuned(tmp_path)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
 
-    with monkeypatch.context() as patch:
-        patch.setattr("evaluation.tuning.train_from", None)  # a hit trains nothing
-        jax.tree.map(np.testing.assert_array_equal, tuned(tmp_path)._asdict(), first._asdict())
-        for criterion in ("final", "train"):  # other choices from the same runs
-            assert tuned(tmp_path, criterion=criterion).chosen["learning_rate"] == 1.0
-        with pytest.raises(TypeError):
-            tuned(tmp_path, steps=STEPS - 4)  # another budget is no hit
+    hit = partial(tuned, tmp_path, train=None)  # a hit trains nothing
+    jax.tree.map(np.testing.assert_array_equal, hit()._asdict(), first._asdict())
+    for criterion in ("final", "train"):  # other choices from the same runs
+        assert hit(criterion=criterion).chosen["learning_rate"] == 1.0
+    with pytest.raises(TypeError):
+        hit(steps=STEPS - 4)  # another budget is no hit
 
     middle = len(whole) // 2
     flipped = whole[:middle] + bytes([whole[middle] ^ 0xFF]) + whole[middle + 1 :]
@@ -367,8 +359,50 @@ def test_report_is_complete_and_needs_no_network(results, tmp_path):
     assert report.table(results).row_count == len(results.rows)
 
 
+def test_a_report_on_many_optimizers_and_tasks_stays_readable(results):
+    """Thirty baselines that differ by a factor, on fourteen tasks."""
+    adam, sgd = "adam (tuned)", "sgd_momentum (tuned)"
+    tasks = {f"task {index}": "bowl" for index in range(14)}
+    factors = {f"rule {index}": 1 - index / 40 for index in range(29, -1, -1)}
+    kinds = dict.fromkeys(results.rows) | dict.fromkeys(factors, sgd)  # row -> what it copies
+    chosen = dict.fromkeys(tasks, results.rows[sgd]["chosen"]["bowl"])
+    summary = {name: dict(results.summary[like or name]) for name, like in kinds.items()}
+    for name, factor in factors.items():
+        summary[name]["mean_train_vs_tuned"] = [3 * factor] * 3
+
+    def on_all(of_rows):
+        return {
+            name: {task: of_rows[like or name][old] for task, old in tasks.items()}
+            for name, like in kinds.items()
+        }
+
+    many = dataclasses.replace(
+        results,
+        about=results.about | {"tasks": list(tasks)},
+        rows={n: {**results.rows[like or n], "chosen": chosen} for n, like in kinds.items()},
+        scores={reference: on_all(of_rows) for reference, of_rows in results.scores.items()},
+        summary=summary,
+        curves=on_all(results.curves),
+    )
+    figure = plots.loss_curves(many)
+    panels = [panel for panel in figure.axes if panel.get_visible()]
+    assert [panel.get_title(loc="left") for panel in panels] == list(tasks)
+    shown = [line.get_label() for line in panels[0].lines]
+    # all that is not tuned, Adam, and the best of the others
+    best = [f"rule {index}" for index in range(7)]
+    assert set(shown) == {"my <new> rule", "explodes", DEFAULT, ORACLE, adam, *best}
+    looks = {(line.get_color(), line.get_linestyle()) for line in panels[0].lines}
+    assert len(looks) == len(shown)
+    ranges = [collection.get_facecolor()[0][:3] for collection in panels[0].collections]
+    assert len(ranges) == 3  # of the contenders and Adam
+    assert [line.get_label() for line in plots.profile(many).axes[0].lines[:-1]] == shown
+    tables = report._per_task(many).split("<table>")[1:]
+    assert [table.count("<th>") - 1 for table in tables] == [4, 5, 5]
+    assert all(name in table for table in tables for name in factors)
+
+
 def test_evaluate_refuses_before_any_work(monkeypatch):
-    monkeypatch.setattr("evaluation.benchmark._run", None)
+    monkeypatch.setattr("evaluation.benchmark.run", None)
     run = partial(evaluate, steps=4, seeds=1, evals=2)
     with pytest.raises(ValueError, match="`contenders` uses names of baselines"):
         run({"adam (tuned)": optax.sgd}, {"bowl": QUIET})
