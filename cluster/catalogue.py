@@ -57,7 +57,7 @@ def _everything() -> Table:
         for name, member in sorted(discovery.members(package).items()):
             table.add_row(kind, name, _fields(member))
     for kind, names in (
-        ("dataset", [*SOURCES, "tfds:NAME"]),
+        ("dataset", [*SOURCES, "tfds:NAME", "stream:NAME"]),
         ("suite", SUITES),
         ("baseline", BASELINES),
         ("recipe", recipes()),

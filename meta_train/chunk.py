@@ -39,7 +39,10 @@ def working_set(function: Callable, *args: Any) -> int:
         first = loop.params["num_consts"]
         carry = loop.invars[first : first + loop.params["num_carry"]]
         computed = [
-            _bytes(v) for eqn in _equations(loop.params["jaxpr"].jaxpr) for v in eqn.outvars
+            _bytes(v)
+            for eqn in _equations(loop.params["jaxpr"].jaxpr)
+            if "callback" not in eqn.primitive.name  # rows from the host come for many steps
+            for v in eqn.outvars
         ]
         sizes.append(sum(map(_bytes, carry)) + 2 * max(computed, default=0))
     return max(sizes)

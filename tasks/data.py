@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import math
 import os
 import re
 from collections.abc import Iterable
@@ -40,7 +39,7 @@ class Statistics(NamedTuple):
 
     target: float  # entropy of the labels in nats, or the variance of real targets (1)
     variance: float  # of the inputs (uint8 taken as [0, 1]), mean over their entries
-    entropy: float  # of pixels taken as chances, each at its mean, mean over pixels; NaN for tables
+    entropy: float  # of pixels taken as chances, each at its mean, mean over pixels; 0 for tables
 
 
 # Compared by identity: `load` returns the same object for the same name, and arrays have no cheap
@@ -308,7 +307,7 @@ def _statistics(
         target = entropy(np.bincount(targets[:train], minlength=classes))
     else:
         target = float(targets[:train].var(dtype=np.float64))
-    pixels = entropy(np.stack([mean, 1 - mean])) if len(inputs.shape) > 2 else math.nan
+    pixels = entropy(np.stack([mean, 1 - mean])) if len(inputs.shape) > 2 else 0.0
     return Statistics(target, float((squares / train - np.square(mean)).mean()), pixels)
 
 

@@ -126,4 +126,9 @@ SOURCES: dict[str, Source] = {
         "noisy images, 120 x 4 x 4, 3 classes",
         OWN,
     ),
+    "synthetic_table": Source(
+        functools.partial(prototypes, 3, (6,), 120, 0),
+        "noisy rows, 120 x 6, 3 classes",
+        OWN,
+    ),
 }  # fmt: skip

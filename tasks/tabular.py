@@ -1,7 +1,6 @@
 """Logistic, softmax and linear regression on tables, and small multilayer perceptrons."""
 
 import dataclasses
-import functools
 
 import jax
 
@@ -12,7 +11,6 @@ from tasks.fields import positive_integers
 from tasks.image_mlp import Layers
 from tasks.losses import outputs, predict
 from tasks.network import NetworkTask, OneDraw
-from tasks.sources import OWN, SOURCES, Source, prototypes
 
 
 @jax.tree_util.register_dataclass
@@ -56,9 +54,4 @@ class TabularMLP:
         )
 
 
-# a table for tests and examples that needs no package
-SOURCES.setdefault(
-    "synthetic_table",
-    Source(functools.partial(prototypes, 3, (6,), 120, 0), "noisy rows, 120 x 6, 3 classes", OWN),
-)
 EXAMPLES = (TabularMLP(data="synthetic_table", hidden=(4,), batch_size=16),)

@@ -38,7 +38,8 @@ def draws(dataset, keys):
 def family(name):
     """With all that a draw may do to rows."""
     dynamic = Dynamic(batch_fraction=(0.3, 1.0), subset=(0.5, 1.0), label_noise=(0.2, 0.2))
-    return ImageMLP(data=name, hidden=(3,), batch_size=8, dynamic=dynamic)
+    # no unit can be dead, whose gradient of zero would make that through Adam's root NaN
+    return ImageMLP(data=name, hidden=(), batch_size=8, dynamic=dynamic)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
@@ -109,7 +110,7 @@ def test_gradients_through_steps_are_the_same(remat):
         problem = Training(family(name), Hyperparams(knots=2), 6, 6, remat)
         gradient = jax.jit(jax.grad(lambda t, p=problem: jnp.sum(losses(p, t))))
         gradients.append(gradient(problem.rule.init(KEY))["log_learning_rate"])
-    assert np.all(gradients[0] != 0)
+    assert np.all(np.isfinite(gradients[0]) & (gradients[0] != 0))
     np.testing.assert_allclose(*gradients, rtol=1e-4)
 
 
