@@ -32,15 +32,15 @@ def main() -> None:
             for cls in sorted(members, key=lambda cls: cls.__name__)
             if "family" not in discovery.fields_of(cls)
         }
-    table = Table("task", "params", "compile s", "step ms alone", "step ms of 16")
+    table = Table("task", "params", "compile s", "step µs alone", "step µs of 16")
     for task, family in families.items():
         cost = task_cost.measure(family)
         table.add_row(
             task,
             f"{cost.params:,}",
             f"{cost.compile_seconds:.1f}",
-            f"{1e3 * cost.step_seconds:.3f}",
-            f"{1e3 * cost.step_seconds_together:.3f}",
+            f"{1e6 * cost.step_seconds:,.1f}",
+            f"{1e6 * cost.step_seconds_together:,.1f}",
         )
     Console(width=100).print(table)
 

@@ -78,7 +78,7 @@ OPTIMISTIC = plain(optax.optimistic_gradient_descent)
 # multipliers of what an optimizer finds by itself.
 NORMALIZED = half_decades(1e-4, 1.0)
 SIGNS = half_decades(1e-5, 1e-1)
-GRADIENTS = half_decades(1e-3, 10.0)
+GRADIENTS = half_decades(1e-4, 10.0)
 MULTIPLIERS = half_decades(1e-2, 1e2)
 DECAYS = (0.0, 1e-2, 1e-1)  # times the learning rate, per step
 
