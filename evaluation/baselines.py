@@ -74,11 +74,12 @@ ADAMAX = decayed(optax.adamaxw)
 NADAM = decayed(optax.adamw, nesterov=True)
 OPTIMISTIC = plain(optax.optimistic_gradient_descent)
 
-# Where good rates of small networks lie: steps that are normalised, signs, plain gradients, and
-# multipliers of what an optimizer finds by itself.
+# Where good rates of small tasks lie: steps that are normalised, signs, accumulated squares, plain
+# gradients, whose size is each task's own, and multipliers of what an optimizer finds by itself.
 NORMALIZED = half_decades(1e-4, 1.0)
-SIGNS = half_decades(1e-5, 1e-1)
-GRADIENTS = half_decades(1e-4, 10.0)
+SIGNS = half_decades(1e-5, 0.316)
+ACCUMULATED = half_decades(1e-3, 10.0)
+GRADIENTS = half_decades(1e-5, 31.6)
 MULTIPLIERS = half_decades(1e-2, 1e2)
 DECAYS = (0.0, 1e-2, 1e-1)  # times the learning rate, per step
 
@@ -94,7 +95,7 @@ BASELINES: dict[str, Baseline] = {
         Baseline("adabelief", plain(optax.adabelief), NORMALIZED),
         Baseline("adadelta", plain(optax.adadelta), MULTIPLIERS),
         Baseline("adafactor", plain(optax.adafactor), NORMALIZED),
-        Baseline("adagrad", plain(optax.adagrad), GRADIENTS),
+        Baseline("adagrad", plain(optax.adagrad), ACCUMULATED),
         Baseline("adamax", ADAMAX, NORMALIZED),
         Baseline("adamaxw", ADAMAX, NORMALIZED, weight_decays=DECAYS[1:]),
         Baseline("adan", decayed(optax.adan), NORMALIZED, weight_decays=DECAYS),
@@ -117,7 +118,7 @@ BASELINES: dict[str, Baseline] = {
         Baseline("sgd_nesterov", plain(optax.sgd, momentum=0.9, nesterov=True), GRADIENTS),
         Baseline("sign_sgd", plain(optax.sign_sgd), SIGNS),
         Baseline("signum", plain(optax.signum), SIGNS),
-        Baseline("sm3", of.sm3, GRADIENTS),
+        Baseline("sm3", of.sm3, ACCUMULATED),
         Baseline("yogi", plain(optax.yogi), NORMALIZED),
         # optax.contrib
         Baseline("acprop", decayed(contrib.acprop), NORMALIZED, weight_decays=DECAYS[:2]),
@@ -131,7 +132,7 @@ BASELINES: dict[str, Baseline] = {
         Baseline("madgrad", decayed(contrib.madgrad), NORMALIZED),
         Baseline("mechanize", of.mechanize, half_decades(10.0, 1e5), weight_decays=DECAYS[:2]),
         Baseline("momo", decayed(contrib.momo), MULTIPLIERS),
-        Baseline("momo_adam", decayed(contrib.momo_adam), GRADIENTS),
+        Baseline("momo_adam", decayed(contrib.momo_adam), ACCUMULATED),
         Baseline("muon", decayed(contrib.muon), NORMALIZED, weight_decays=DECAYS),
         Baseline("prodigy", decayed(contrib.prodigy), MULTIPLIERS, weight_decays=DECAYS),
         Baseline("sam", of.sam, GRADIENTS, evaluated=of.synchronized),
