@@ -15,6 +15,7 @@ from evaluation.baselines import BASELINES
 from learned_opt import artifact, base, discovery
 from tasks.sources import SOURCES
 from tasks.suites import SUITES
+from tasks.text import TEXTS
 
 
 def show(name: str | None) -> None:
@@ -58,6 +59,7 @@ def _everything() -> Table:
             table.add_row(kind, name, _fields(member))
     for kind, names in (
         ("dataset", [*SOURCES, "tfds:NAME", "stream:NAME"]),
+        ("text", TEXTS),
         ("suite", SUITES),
         ("baseline", BASELINES),
         ("recipe", recipes()),

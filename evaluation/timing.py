@@ -21,7 +21,9 @@ def reference_adam(_) -> optax.GradientTransformation:
 def _program(backend: str, family_classes: tuple):
     del family_classes  # one jit each, see `tasks.base.classes`
     options = compiler_options(backend)
-    return jax.jit(steps, static_argnames="make_optimizer", compiler_options=options)
+    # a function of its own: jits of one function share what was traced for equal arguments
+    own = functools.partial(steps)
+    return jax.jit(own, static_argnames="make_optimizer", compiler_options=options)
 
 
 def steps(family, key, count, *, make_optimizer):

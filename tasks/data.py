@@ -320,7 +320,7 @@ def entropy(counts: np.ndarray) -> float:
     return float(-(chances * logs).sum(axis=0).mean())
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache
 def synthetic(
     classes: int = 3, shape: tuple[int, ...] = (4, 4), rows: int = 120, seed: int = 0
 ) -> Dataset:

@@ -113,7 +113,7 @@ def split(name: str, text: str, length: int, part: str = "") -> Text:
     return Text(tokens, name, splits, length, TextStatistics(entropy(counts)))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def load_text(name: str, length: int) -> Text:
     """The text called `SOURCE[/PART]` in windows of `length` characters; the same arguments always
     give the same object.

@@ -28,10 +28,11 @@ ESTIMATORS = [
 IDS = [discovery.name_of(type(e)) for e in ESTIMATORS]
 
 
-# one jit for each class: jax (0.10) takes dataclasses of equal fields for equal
+# one function for each class: jax (0.10) takes dataclasses of equal fields for equal, and jits of
+# one function share what was traced for equal arguments
 @functools.cache
 def program(function, cls, static=()):
-    return jax.jit(function, static_argnames=static)
+    return jax.jit(functools.partial(function), static_argnames=static)
 
 
 def estimate(estimator, theta, state, key):

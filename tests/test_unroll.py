@@ -237,7 +237,11 @@ def test_rules_that_read_the_loss_and_the_horizon_meta_train(estimator, rule):
     assert np.any(grads != 0)
 
 
-@pytest.mark.parametrize("example", [PES(), TruncatedBPTT(), FullBPTT()], ids=discovery.spec_of)
+@pytest.mark.parametrize(
+    "example",
+    [PES(), TruncatedBPTT(), pytest.param(FullBPTT(), marks=pytest.mark.slow)],
+    ids=discovery.spec_of,
+)
 def test_a_diverged_run_is_a_bounded_loss_and_never_poisons_the_estimate(example):
     problem = Training(Quadratic(dimension=3), SmallFC(hidden=2, step_size=1e30), 8, 4)
     theta = problem.rule.init(KEY)
@@ -283,6 +287,7 @@ def test_backpropagation_agrees_with_finite_differences():
             assert (moved[0] - moved[1]) / 2e-3 == pytest.approx(float(flat @ direction), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
     grads = []
     for remat in (False, True):

@@ -93,9 +93,9 @@ MODES = ("plain", "jit", "scan", "vmap")
 
 
 def runs(tags):
-    """(mode, tag): every tag jitted, one in every mode; the others are slow tests."""
+    """(mode, tag): every tag jitted, one in a scan too; the others are slow tests."""
     first, slow = next(iter(tags)), pytest.mark.slow
-    quick = lambda mode, tag: mode == "jit" or tag == first  # noqa: E731
+    quick = lambda mode, tag: mode == "jit" or (mode, tag) == ("scan", first)  # noqa: E731
     return [
         pytest.param(mode, tag, marks=() if quick(mode, tag) else slow, id=f"{mode}-{tag}")
         for mode in MODES
