@@ -11,7 +11,7 @@ import meta_train.estimators
 import tasks
 from cluster.cli import recipes
 from cluster.console import console
-from evaluation.baselines import BASELINES
+from evaluation.baselines import BASELINES, GROUPS
 from learned_opt import artifact, base, discovery
 from tasks.sources import SOURCES
 from tasks.suites import SUITES
@@ -61,7 +61,7 @@ def _everything() -> Table:
         ("dataset", [*SOURCES, "tfds:NAME", "stream:NAME"]),
         ("text", TEXTS),
         ("suite", SUITES),
-        ("baseline", BASELINES),
+        ("baseline", [*BASELINES, *GROUPS]),
         ("recipe", recipes()),
         ("pretrained", artifact.pretrained()),
     ):
