@@ -1,5 +1,6 @@
 """Datasets: splits, halves, names, and the TFDS route without TensorFlow and without network."""
 
+import functools
 import os
 import socket
 import subprocess
@@ -73,9 +74,9 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("LEARNED_OPT_CACHE", str(tmp_path / "cache"))
     for name in ("HTTPS_PROXY", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
-    data.load.cache_clear()
-    yield tmp_path
-    data.load.cache_clear()
+    # a memory of its own: other tests hold what the process has loaded
+    monkeypatch.setattr(data, "load", functools.cache(data.load.__wrapped__))
+    return tmp_path
 
 
 def row_set(dataset, split):
