@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cluster import run_directory, task_costs
 from cluster.console import console, progress
+from cluster.jobs import check_workers
 from evaluation import benchmark
 from evaluation.baselines import BASELINES, GROUPS, find
 from evaluation.curve import Train, train_from
@@ -53,10 +54,7 @@ def evaluate(
     for name, value in (("steps", steps), ("seeds", seeds)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
-    if workers < 0:
-        raise ValueError(f"`workers` must be 0 (this process) or more, got {workers}")
-    if address is not None and workers == 0:
-        raise ValueError(f"`address` {address} needs `workers` of at least 1, got 0")
+    check_workers(workers, address)
     known = {*BASELINES, *GROUPS}
     artifacts = [name for name in names if name not in known]
     baselines = (*baselines, *(name for name in names if name in known))

@@ -28,6 +28,14 @@ from meta_train.outer_loop import MetaState, burn_in, meta_train, start
 from meta_train.recipes.base import Recipe
 
 
+def check_workers(workers: int, address: str | None) -> None:
+    """Raises ValueError unless these two options go together."""
+    if workers < 0:
+        raise ValueError(f"`workers` must be 0 (this process) or more, got {workers}")
+    if address is not None and workers == 0:
+        raise ValueError(f"`address` {address} needs `workers` of at least 1, got 0")
+
+
 @contextmanager
 def open_estimator(
     estimator: Any, workers: int, address: str | None, costs: list[float] | None = None
@@ -62,10 +70,7 @@ def run(
     Raises:
       ValueError, TypeError, OSError: before any work, and before anything is written.
     """
-    if workers < 0:
-        raise ValueError(f"`workers` must be 0 (this process) or more, got {workers}")
-    if address is not None and workers == 0:
-        raise ValueError(f"`address` {address} needs `workers` of at least 1, got 0")
+    check_workers(workers, address)
     if checkpoint_every < 1:
         raise ValueError(f"`checkpoint_every` must be at least 1, got {checkpoint_every}")
     if recipe is not None and time_budget is not None:

@@ -178,6 +178,30 @@ def _check_reachable(address: str) -> None:
         raise ConnectionError(f"no Ray cluster at `address` {address} ({error}); {HINT}") from None
 
 
+def actors(cls: type, count: int, cpus: int = 1, gpus: float = 0.0) -> list[Any]:
+    """Ray actors of a class, each with so many cores and GPUs of its own; one that dies is
+    restarted, and its call repeated. Ray is connected.
+    """
+    import ray
+
+    # NPROC is the one setting that holds XLA's thread pool to a core; it must be there before jax
+    # is
+    environment = {"NPROC": str(cpus), "JAX_PLATFORMS": "" if gpus else "cpu"}
+    if gpus:
+        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(0.9 * min(gpus, 1.0))
+    cache = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if cache:
+        environment["JAX_COMPILATION_CACHE_DIR"] = cache
+    actor = ray.remote(cls).options(
+        num_cpus=cpus,
+        num_gpus=gpus,
+        max_restarts=-1,
+        max_task_retries=TASK_RETRIES,
+        runtime_env={"env_vars": environment},
+    )
+    return [actor.remote() for _ in range(count)]
+
+
 def assigned(loads: Sequence[float], workers: int) -> list[int]:
     """The worker of each part: the largest load first, each to the worker that has the least."""
     totals, found = np.zeros(workers), [0] * len(loads)
@@ -212,30 +236,12 @@ class Remote:
         if len(costs) != count or not all(0 < cost < math.inf for cost in costs):
             raise ValueError(f"`costs` must be {count} positive numbers, got {costs}")
         self._connected = connect(address, cpus=workers * cpus_per_worker)
-        # NPROC is the one setting that holds XLA's thread pool to a core; it must be there before
-        # jax is
-        environment = {
-            "NPROC": str(cpus_per_worker),
-            "JAX_PLATFORMS": "" if gpus_per_worker else "cpu",
-        }
-        if gpus_per_worker:
-            environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(0.9 * min(gpus_per_worker, 1.0))
-        cache = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-        if cache:
-            environment["JAX_COMPILATION_CACHE_DIR"] = cache
         import ray
 
         self._ray = ray
-        actor = ray.remote(Worker).options(
-            num_cpus=cpus_per_worker,
-            num_gpus=gpus_per_worker,
-            max_restarts=-1,
-            max_task_retries=TASK_RETRIES,
-            runtime_env={"env_vars": environment},
-        )
         # one object, in which data that several members share are once
         self._reference = [ray.put(jax.device_get(estimator))]
-        self._workers = [actor.remote() for _ in range(workers)]
+        self._workers = actors(Worker, workers, cpus_per_worker, gpus_per_worker)
         loads = [part.particles * costs[part.member] for part in self._parts]
         self._hosts = [self._workers[host] for host in assigned(loads, workers)]
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluster.remote import TASK_RETRIES, connect
+from cluster.remote import actors, connect
 from evaluation.curve import Curve, MakeOptimizer, train_from
 from tasks.base import TaskFamily
 
@@ -54,18 +54,7 @@ class TrainingWorkers:
         import ray
 
         self._ray = ray
-        # NPROC is the one setting that holds XLA's thread pool to a core
-        environment = {"NPROC": "1", "JAX_PLATFORMS": "cpu"}
-        cache = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-        if cache:
-            environment["JAX_COMPILATION_CACHE_DIR"] = cache
-        actor = ray.remote(Trainer).options(
-            num_cpus=1,
-            max_restarts=-1,
-            max_task_retries=TASK_RETRIES,
-            runtime_env={"env_vars": environment},
-        )
-        self._actors = [actor.remote() for _ in range(workers)]
+        self._actors = actors(Trainer, workers)
         self._idle = list(range(workers))
         self._change = threading.Condition()
         self._last: dict[Any, int] = {}  # program -> who has compiled it

@@ -41,8 +41,7 @@ def within(tasks: Mapping[str, Any], time_budget: float | None) -> dict[str, Any
 
 def recipe_within(recipe: Recipe, time_budget: float | None) -> Recipe:
     """The recipe without the tasks that are over the budget."""
-    tasks = families(recipe.task)
-    chosen = {name: family for name, family in tasks.items() if name not in recipe.without}
+    chosen = _of(recipe)
     kept = within(chosen, time_budget)
     return dataclasses.replace(
         recipe, without=recipe.without + tuple(name for name in chosen if name not in kept)
@@ -51,8 +50,12 @@ def recipe_within(recipe: Recipe, time_budget: float | None) -> Recipe:
 
 def of_recipe(recipe: Recipe) -> list[float] | None:
     """Seconds per inner step and particle of each of a suite's tasks; None where there is one."""
-    tasks = families(recipe.task)
-    chosen = {name: family for name, family in tasks.items() if name not in recipe.without}
+    chosen = _of(recipe)
     if len(chosen) < 2:
         return None
     return [cost.step_seconds_together for cost in measured(chosen).values()]
+
+
+def _of(recipe: Recipe) -> dict[str, Any]:
+    tasks = families(recipe.task)
+    return {name: family for name, family in tasks.items() if name not in recipe.without}

@@ -14,14 +14,14 @@ import jax
 import numpy as np
 import optax
 
-from evaluation import timing
 from evaluation.baselines import BASELINES, Baseline, find
 from evaluation.curve import Curve, Train, check_family, seed_keys, train_from
 from evaluation.lines import Job, Progress, longest_first, run
 from evaluation.results import Results
 from evaluation.summary import oracle, summarize
+from evaluation.timing import forget
 from evaluation.tuning import Criterion, StepTime, step_time, tune, untuned
-from tasks.base import Key, TaskFamily, classes
+from tasks.base import Key, TaskFamily
 
 Contender = Callable[[int], optax.GradientTransformation]  # horizon -> optax
 
@@ -121,7 +121,7 @@ def evaluate(
             )
             if outcome.chosen is not None:
                 row["chosen"][task] = outcome.chosen
-        _forget_steps(family)
+        forget(family)
         if progress:
             progress(f"{task}: time per step", 0.8 + 0.2 * count / len(suite))
 
@@ -203,9 +203,3 @@ def _prepare(times: list[StepTime], workers: int) -> None:
 def _share_of(progress: Progress | None, share: float) -> Progress | None:
     """Progress of a part that is so much of the whole, and its beginning."""
     return progress and (lambda what, done: progress(what, share * done))
-
-
-def _forget_steps(family: TaskFamily) -> None:
-    """Frees what `_prepare` compiled, which of many baselines on many tasks is much memory."""
-    program: Any = timing._program(jax.default_backend(), classes(family))
-    program.clear_cache()

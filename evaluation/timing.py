@@ -2,6 +2,7 @@
 
 import functools
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,12 @@ def compile_steps(family: TaskFamily, make_optimizer: MakeOptimizer, key: Key) -
     check_family(family)
     program = _program(jax.default_backend(), classes(family))
     jax.block_until_ready(program(family, key, 1, make_optimizer=make_optimizer))
+
+
+def forget(family: TaskFamily) -> None:
+    """Frees what was compiled for the family's classes, which of many optimizers is much memory."""
+    program: Any = _program(jax.default_backend(), classes(family))
+    program.clear_cache()
 
 
 def step_seconds(

@@ -15,7 +15,7 @@ from tasks.base import Key
 from tasks.data import Batch, Dataset, load_field, synthetic
 from tasks.dynamic import Dynamic
 from tasks.fields import positive_integers
-from tasks.network import NetworkTask, Objective
+from tasks.network import NetworkTask, Objective, drawn_task
 from tasks.nnx_network import nnx_network
 
 
@@ -58,13 +58,11 @@ class Autoencoder:
     def __call__(self, key: Key) -> NetworkTask:
         assert isinstance(self.data, Dataset)
         entries = math.prod(self.data.shape)
-        return NetworkTask(
-            self.data,
+        return drawn_task(
+            self,
             nnx_network(MLP, (entries, *self.hidden, entries)),
             Objective(squared_error, self.data.statistics.variance),
-            self.batch_size,
-            self.dynamic,
-            self.dynamic.draw(key),
+            key,
         )
 
 

@@ -14,7 +14,7 @@ from tasks.dynamic import Dynamic
 from tasks.fields import positive_integers
 from tasks.images import image_shape, windows, with_channels
 from tasks.losses import outputs, predict
-from tasks.network import NetworkTask
+from tasks.network import NetworkTask, drawn_task
 from tasks.nnx_network import nnx_network
 
 
@@ -58,13 +58,11 @@ class ConvNet:
     def __call__(self, key: Key) -> NetworkTask:
         assert isinstance(self.data, Dataset)
         inputs = image_shape(self.data)[-1]
-        return NetworkTask(
-            self.data,
+        return drawn_task(
+            self,
             nnx_network(Network, inputs, self.channels, outputs(self.data)),
             predict(self.data),
-            self.batch_size,
-            self.dynamic,
-            self.dynamic.draw(key),
+            key,
         )
 
 

@@ -14,7 +14,7 @@ from tasks.base import Key, Params
 from tasks.data import Dataset, load_field, synthetic
 from tasks.dynamic import Dynamic
 from tasks.losses import outputs, predict
-from tasks.network import NetworkTask, OneDraw
+from tasks.network import NetworkTask, OneDraw, drawn_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +62,7 @@ class ImageMLP:
     def __call__(self, key: Key) -> NetworkTask:
         assert isinstance(self.data, Dataset)
         network = OneDraw(Layers((*self.hidden, outputs(self.data))))
-        return NetworkTask(
-            self.data,
-            network,
-            predict(self.data),
-            self.batch_size,
-            self.dynamic,
-            self.dynamic.draw(key),
-        )
+        return drawn_task(self, network, predict(self.data), key)
 
 
 EXAMPLES = (ImageMLP(data=synthetic(), hidden=(8,), batch_size=16),)

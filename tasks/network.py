@@ -168,3 +168,13 @@ class NetworkTask:
 
     def normalize(self, loss: jax.Array) -> jax.Array:
         return relative_loss(loss, self.objective.untrained)
+
+
+def drawn_task(family: Any, network: Network, objective: Objective, key: Key) -> NetworkTask:
+    """A task of a family with the fields `data`, `batch_size` and `dynamic`, under conditions drawn
+    from the task's key.
+    """
+    dynamic = family.dynamic
+    return NetworkTask(
+        family.data, network, objective, family.batch_size, dynamic, dynamic.draw(key)
+    )

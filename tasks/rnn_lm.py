@@ -14,7 +14,7 @@ from tasks.data import unknown_name
 from tasks.dynamic import Dynamic
 from tasks.fields import positive_integers
 from tasks.losses import predict
-from tasks.network import NetworkTask, OneDraw
+from tasks.network import NetworkTask, OneDraw, drawn_task
 from tasks.text import Text, load_text_field
 
 CELLS = {"lstm": hk.LSTM, "gru": hk.GRU}
@@ -68,13 +68,11 @@ class RnnLM:
 
     def __call__(self, key: Key) -> NetworkTask:
         assert isinstance(self.data, Text)
-        return NetworkTask(
-            self.data,
+        return drawn_task(
+            self,
             _network(self.cell, self.data.classes, self.embed, self.hidden),
             predict(self.data),
-            self.batch_size,
-            self.dynamic,
-            self.dynamic.draw(key),
+            key,
         )
 
 

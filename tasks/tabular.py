@@ -10,7 +10,7 @@ from tasks.dynamic import Dynamic
 from tasks.fields import positive_integers
 from tasks.image_mlp import Layers
 from tasks.losses import outputs, predict
-from tasks.network import NetworkTask, OneDraw
+from tasks.network import NetworkTask, OneDraw, drawn_task
 
 
 @jax.tree_util.register_dataclass
@@ -44,13 +44,8 @@ class TabularMLP:
 
     def __call__(self, key: Key) -> NetworkTask:
         assert isinstance(self.data, Dataset)
-        return NetworkTask(
-            self.data,
-            OneDraw(Layers((*self.hidden, outputs(self.data)))),
-            predict(self.data),
-            self.batch_size,
-            self.dynamic,
-            self.dynamic.draw(key),
+        return drawn_task(
+            self, OneDraw(Layers((*self.hidden, outputs(self.data)))), predict(self.data), key
         )
 
 

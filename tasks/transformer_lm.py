@@ -13,7 +13,7 @@ from tasks.base import Key
 from tasks.dynamic import Dynamic
 from tasks.fields import positive_integers
 from tasks.losses import predict
-from tasks.network import NetworkTask
+from tasks.network import NetworkTask, drawn_task
 from tasks.nnx_network import nnx_network
 from tasks.text import Text, load_text_field
 from tasks.transformer import Block
@@ -74,14 +74,7 @@ class TransformerLM:
     def __call__(self, key: Key) -> NetworkTask:
         assert isinstance(self.data, Text)
         sizes = (self.data.classes, self.length, self.width, self.depth, self.heads)
-        return NetworkTask(
-            self.data,
-            nnx_network(Network, *sizes),
-            predict(self.data),
-            self.batch_size,
-            self.dynamic,
-            self.dynamic.draw(key),
-        )
+        return drawn_task(self, nnx_network(Network, *sizes), predict(self.data), key)
 
 
 EXAMPLES = (TransformerLM(data="markov", width=8, length=12, batch_size=8),)

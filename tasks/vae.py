@@ -15,7 +15,7 @@ from tasks.data import Batch, Dataset, load_field, synthetic
 from tasks.dynamic import Dynamic
 from tasks.fields import positive_integers
 from tasks.images import image_shape
-from tasks.network import NetworkTask, Objective
+from tasks.network import NetworkTask, Objective, drawn_task
 from tasks.nnx_network import nnx_network
 
 
@@ -89,13 +89,11 @@ class VAE:
     def __call__(self, key: Key) -> NetworkTask:
         assert isinstance(self.data, Dataset)
         pixels = math.prod(image_shape(self.data))
-        return NetworkTask(
-            self.data,
+        return drawn_task(
+            self,
             nnx_network(Network, pixels, self.hidden, self.latent),
             Objective(negative_elbo, self.data.statistics.entropy, Noisy(self.latent)),
-            self.batch_size,
-            self.dynamic,
-            self.dynamic.draw(key),
+            key,
         )
 
 

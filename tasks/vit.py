@@ -16,7 +16,7 @@ from tasks.dynamic import Dynamic
 from tasks.fields import positive_integers
 from tasks.images import image_shape, tiles, with_channels
 from tasks.losses import outputs, predict
-from tasks.network import NetworkTask
+from tasks.network import NetworkTask, drawn_task
 from tasks.nnx_network import nnx_network
 from tasks.transformer import Block
 
@@ -89,14 +89,7 @@ class Vit:
                 f"{shape[0]}x{shape[1]} in {self.data!r}"
             )
         arguments = (shape, self.patch, self.width, self.depth, self.heads, outputs(self.data))
-        return NetworkTask(
-            self.data,
-            nnx_network(Network, *arguments),
-            predict(self.data),
-            self.batch_size,
-            self.dynamic,
-            self.dynamic.draw(key),
-        )
+        return drawn_task(self, nnx_network(Network, *arguments), predict(self.data), key)
 
 
 EXAMPLES = (Vit(data=synthetic(), patch=2, width=8, depth=1, batch_size=16),)
