@@ -187,6 +187,55 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True)
+class Coordcheck:
+    """Check that an optimizer moves the activations of wide networks as it moves those of narrow
+    ones: the coordinate check of mu-parametrization. Exit code 1 says that it failed.
+
+    Example: learned-opt coordcheck mulo --model transformer --widths 64,128,...,512
+    """
+
+    optimizer: Annotated[str, tyro.conf.Positional]
+    """A rule, with or without fields, an artifact (file or name) or a baseline ("adam")."""
+    model: str = "mlp"
+    """mlp, transformer, vit or resnet, or a task family with `width` and `base_width` and its
+    fields, e.g. "mlp(data='digits', depth=6)"."""
+    widths: str = "64,128,256,512"
+    """Widths, separated by commas; 64,128,...,2048 goes on as it began."""
+    base_width: int | None = None
+    """Width at which nothing is scaled; without it, the first of the widths."""
+    standard: bool = False
+    """Leave network and optimizer under standard parametrization: the control, which fails."""
+    steps: int = 10
+    """Training steps; what is judged is the last."""
+    seeds: int = 5
+    """Networks of every width."""
+    tolerance: float = 0.1
+    """Steepest slope of log2 change over log2 width that passes, of hidden layers."""
+    learning_rate: float = 1e-3
+    """Learning rate of a baseline."""
+    out_dir: Path = Path("runs/coordcheck")
+    """Directory for coordcheck.json and coordcheck.png."""
+
+    def run(self) -> None:
+        from cluster import coordcheck
+
+        passed = coordcheck.run(
+            self.optimizer,
+            self.model,
+            self.widths,
+            self.base_width,
+            self.standard,
+            self.steps,
+            self.seeds,
+            self.tolerance,
+            self.learning_rate,
+            self.out_dir,
+        )
+        if not passed:
+            sys.exit(1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Convert:
     """Turn published weights (flax msgpack `theta.state`, PyLO safetensors) into an artifact.
 
@@ -266,6 +315,7 @@ COMMANDS = {
     "evaluate": Evaluate,
     "report": Report,
     "cost": Cost,
+    "coordcheck": Coordcheck,
     "convert": Convert,
     "export": Export,
     "tasks": Tasks,

@@ -11,11 +11,11 @@ import optax
 from rich.markup import escape
 
 import learned_opt
-from cluster import run_directory
+from cluster import named, run_directory
 from cluster.console import console, progress
 from evaluation import cost as update_cost
 from evaluation.atomic import replacing
-from learned_opt import artifact, discovery
+from learned_opt import discovery
 
 
 def run(names: tuple[str, ...], counts: str, seconds: float, path: Path | None) -> None:
@@ -78,19 +78,11 @@ def _contestants(names: tuple[str, ...], sizes: list[int]) -> tuple[dict[str, An
 
 def _optimizer(name: str) -> optax.GradientTransformation:
     """The optimizer that a rule's spec or an artifact's name or path describes, for 1000 steps."""
-    rules = discovery.members(learned_opt)
-    if name.partition("(")[0].strip() in rules:
-        rule = discovery.build("rule", name, rules)
-        # as trained ones, no number is zero: XLA would drop a bias of zeros
-        theta = jax.tree.map(
-            lambda leaf: leaf + 1e-3 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
-            rule.init(jax.random.key(0)),
-        )
-    elif Path(name).is_file() or name in artifact.pretrained():
-        rule, theta, _ = artifact.read(name)
-    else:
-        known = [*rules, *artifact.pretrained()]
-        raise ValueError(discovery.unknown("rule or artifact", name, known))
+    rule, theta = named.find(name)
+    # as trained ones, no number is zero: XLA would drop a bias of zeros
+    theta = jax.tree.map(
+        lambda leaf: leaf + 1e-3 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, theta
+    )
     return rule.optimizer(theta, 1000)
 
 

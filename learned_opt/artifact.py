@@ -22,6 +22,7 @@ from safetensors.numpy import save as serialize
 import learned_opt
 from learned_opt import base, discovery
 from learned_opt.base import Horizon, LearnedOptimizer, Theta
+from learned_opt.mup import MuP
 
 SCHEMA = "1"
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -140,6 +141,7 @@ def load(
     name_or_path: str | os.PathLike,
     horizon: Horizon = None,
     learning_rate: optax.ScalarOrSchedule = 1.0,
+    multipliers: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An exported optimizer as an optax transformation, ready for `optax.chain` and
     `optax.apply_updates`.
@@ -148,8 +150,11 @@ def load(
       name_or_path: a pretrained optimizer's name or a .safetensors file.
       horizon: steps the run will take; needed by some rules, which say so.
       learning_rate: multiplies the updates: a number or an optax schedule.
+      multipliers: of a mu-parametrized model, from `mup.mup_multipliers`; for any rule.
     """
     rule, theta, _ = read(name_or_path)
+    if multipliers is not None:
+        rule = MuP(rule.rule if isinstance(rule, MuP) else rule, multipliers)
     optimizer = rule.optimizer(theta, horizon)
     scale = optax.scale_by_learning_rate(learning_rate, flip_sign=False)
     return optax.with_extra_args_support(optax.chain(optimizer, scale))

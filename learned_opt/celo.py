@@ -34,6 +34,7 @@ class Celo:
       schedule: False makes the multiplier 1. Published meta-training has two phases: first the MLP
         without the schedule, then the schedule with theta["mlp"] frozen.
       gradient_clip: gradients are clipped to plus or minus this, element by element.
+      relative_steps: False leaves rms(params) out.
       initial: where meta-training starts: "momentum" steps step_size * rms(params) along the
         momentum over its root mean square; "random" is the published start.
     """
@@ -44,6 +45,7 @@ class Celo:
     step_size: float = 1e-3
     magnitude_scale: float = 1e-3
     gradient_clip: float = 1000.0
+    relative_steps: bool = True
     initial: Literal["momentum", "random"] = "momentum"
 
     def __post_init__(self):
@@ -94,7 +96,9 @@ class Celo:
             def leaf_update(g, p, m, v, row, col):
                 p = jnp.asarray(p)
                 single = p.astype(jnp.float32)
-                scale = velo.parameter_scale(velo.mean_square(single))
+                scale = 1.0
+                if self.relative_steps:
+                    scale = velo.parameter_scale(velo.mean_square(single))
                 step = velo.mlp_step(
                     theta["mlp"], self.magnitude_scale, self.gradient_clip, g, p, m, v, row, col
                 )

@@ -47,7 +47,7 @@ def mask(by: By = None) -> Callable[[Params], Any]:
         raise ValueError(f"`by` {error.pattern!r} is no regular expression: {error}") from None
 
     def named(params: Params) -> Any:
-        paths = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         for pattern in compiled:
             if paths and not any(map(pattern.search, paths)):
                 more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
@@ -60,14 +60,17 @@ def mask(by: By = None) -> Callable[[Params], Any]:
     return named
 
 
-def _name(path: jax.tree_util.KeyPath) -> str:
+def path_name(path: jax.tree_util.KeyPath) -> str:
+    """Of a leaf, e.g. "decoder/layer_0/bias"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _where(predicate: Callable[[str, jax.ShapeDtypeStruct], bool]) -> Callable[[Params], Any]:
     def leaf(path, x) -> bool:
         # no values: gradients are asked, too, and traced
-        return bool(predicate(_name(path), jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))))
+        return bool(
+            predicate(path_name(path), jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)))
+        )
 
     return lambda params: jax.tree_util.tree_map_with_path(leaf, params)
 

@@ -120,6 +120,7 @@ class Velo:
       bank: number of MLPs to mix.
       interpolation: at the published 100, meta-training of small rules was found to be unstable.
       gradient_clip: gradients are clipped to plus or minus this, element by element.
+      relative_steps: False leaves rms(params) out, as mu-parametrization needs it.
       clip_param_scale: rms(params) is cut off at this times the root of the number of elements.
       short_loss_buffer: published quirk of old weights ("bugged loss features"): the loss is
         averaged as in a run of 10 steps, whatever the horizon.
@@ -135,6 +136,7 @@ class Velo:
     step_size: float = 1e-3
     magnitude_scale: float = 1e-3
     gradient_clip: float = 1000.0
+    relative_steps: bool = True
     clip_param_scale: float | None = None
     short_loss_buffer: bool = False
     stateless_lstm: bool = False
@@ -232,7 +234,7 @@ class Velo:
         controls = scheduler.dense_rows(plan["controls"], lstm.hidden)
         controls *= self.interpolation / self.bank
         mixed = jax.tree.map(lambda w: jnp.tensordot(controls, w, 1), theta["bank"])
-        scales = parameter_scale(squares)
+        scales = parameter_scale(squares) if self.relative_steps else jnp.ones(n)
         if self.clip_param_scale is not None:
             sizes = jnp.asarray([p.size for p in tensors], jnp.float32)
             scales = jnp.minimum(scales, self.clip_param_scale * jnp.sqrt(sizes))

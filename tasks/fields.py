@@ -5,7 +5,8 @@ from typing import Any
 
 
 def positive_integers(family: Any, *names: str) -> None:
-    """Sizes: of a field that is annotated `int` one, of others a tuple of them.
+    """Sizes: of a field that is annotated `int` one (or None, where that may be), of others a tuple
+    of them.
 
     Raises:
       ValueError: naming the first field that is something else.
@@ -13,7 +14,9 @@ def positive_integers(family: Any, *names: str) -> None:
     annotations = {field.name: field.type for field in dataclasses.fields(family)}
     for name in names:
         value = getattr(family, name)
-        one = annotations[name] is int
+        if value is None and annotations[name] == int | None:
+            continue
+        one = annotations[name] in (int, int | None)
         sizes = (value,) if one else value
         if not isinstance(sizes, tuple) or not all(isinstance(s, int) and s > 0 for s in sizes):
             wanted = "a positive integer" if one else "a tuple of positive integers"

@@ -65,17 +65,24 @@ class Objective:
     prepare: Callable[[Key, Batch], Batch] = as_it_is
 
 
+READOUTS = ("readout", "head")
+
+
 @dataclasses.dataclass(frozen=True)
 class OneDraw:
     """`network` with all its initial params from one draw: generators are most of what there is to
     compile in an initialiser.
 
     Weights with two or more axes, the last of which is that of the outputs, are normal of variance
-    1 / inputs, embeddings (by their name) 1 / outputs; the others are 1 where they are called scale
-    and 0 elsewhere.
+    gain / inputs, embeddings (by their name) 1 / outputs; the others are 1 where they are called
+    scale and 0 elsewhere. Under mu-parametrization, with `growth` the width over the base width,
+    embeddings have the variance that they have at the base width, and a readout (by its name)
+    starts at 0 (arXiv:2406.00153).
     """
 
     network: Network
+    growth: float | None = None
+    gain: float = 1.0
 
     def init(self, key: Key, inputs: Any) -> Params:
         shapes = jax.eval_shape(self.network.init, key, inputs)
@@ -86,20 +93,28 @@ class OneDraw:
         return jax.tree.unflatten(
             tree,
             [
-                _initial(jax.tree_util.keystr(path), leaf.shape, draw)
+                self._initial(jax.tree_util.keystr(path), leaf.shape, draw)
                 for (path, leaf), draw in zip(paths, draws, strict=True)
             ],
         )
 
+    def _initial(self, path: str, shape: tuple[int, ...], draw: jax.Array) -> jax.Array:
+        if len(shape) < 2:
+            return jnp.ones(shape) if "scale" in path else jnp.zeros(shape)
+        if self.growth is not None and any(name in path for name in READOUTS):
+            return jnp.zeros(shape)
+        if "embed" in path:
+            return draw.reshape(shape) * math.sqrt((self.growth or 1.0) / shape[-1])
+        return draw.reshape(shape) * math.sqrt(self.gain / math.prod(shape[:-1]))
+
     def apply(self, params: Params, inputs: Any, *activation: Any) -> Any:
         return self.network.apply(params, inputs, *activation)
 
-
-def _initial(path: str, shape: tuple[int, ...], draw: jax.Array) -> jax.Array:
-    if len(shape) < 2:
-        return jnp.ones(shape) if "scale" in path else jnp.zeros(shape)
-    variance = shape[-1] if "embed" in path else math.prod(shape[:-1])
-    return draw.reshape(shape) / math.sqrt(variance)
+    def activations(self, params: Params, inputs: Any, *activation: Any) -> dict[str, jax.Array]:
+        """Raises ValueError if the network does not tell them: those of flax nnx do."""
+        if not hasattr(self.network, "activations"):
+            raise ValueError(f"{self.network} does not tell its activations: take one of flax nnx")
+        return self.network.activations(params, inputs, *activation)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @jax.tree_util.register_dataclass
@@ -165,6 +180,11 @@ class NetworkTask:
             squares = [jnp.sum(jnp.square(p)) for p in jax.tree.leaves(params)]
             loss += 0.5 * self.drawn.l2 * sum(squares, start=jnp.zeros(()))
         return loss
+
+    def activations(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+        """The output of every layer by its name; of networks of flax nnx only."""
+        activation = self.dynamic.activations(self.drawn)
+        return self.network.activations(params, batch.inputs, *activation)  # pyright: ignore[reportAttributeAccessIssue]
 
     def normalize(self, loss: jax.Array) -> jax.Array:
         return relative_loss(loss, self.objective.untrained)

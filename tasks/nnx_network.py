@@ -22,3 +22,17 @@ class Build:
 def nnx_network(module: Callable[..., Any], *arguments: Any) -> OneDraw:
     """`module(*arguments, rngs=rngs)`, its params from one draw; `arguments` are hashable."""
     return OneDraw(Nnx(Build(module, arguments)))
+
+
+def scalable(
+    module: Callable[..., Any],
+    *arguments: Any,
+    width: int,
+    base_width: int | None,
+    gain: float = 1.0,
+) -> OneDraw:
+    """`nnx_network` of a module whose last argument is `growth`, `width` over `base_width`. Under
+    standard parametrization, `base_width` None, that is 1.
+    """
+    growth = None if base_width is None else width / base_width
+    return OneDraw(Nnx(Build(module, (*arguments, growth or 1.0))), growth, gain)

@@ -16,7 +16,7 @@ from tasks.fields import positive_integers
 from tasks.images import image_shape, windows, with_channels
 from tasks.losses import outputs, predict
 from tasks.network import NetworkTask, drawn_task
-from tasks.nnx_network import nnx_network
+from tasks.nnx_network import scalable
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -50,8 +50,15 @@ class Network(nnx.Module):
     """
 
     def __init__(
-        self, inputs: int, width: int, blocks: tuple[int, ...], outputs: int, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        width: int,
+        blocks: tuple[int, ...],
+        outputs: int,
+        growth: float,
+        rngs: nnx.Rngs,
     ):
+        self.growth = growth
         self.stem = nnx.Linear(9 * inputs, width, use_bias=False, rngs=rngs)
         self.blocks = nnx.List()
         for stage, count in enumerate(blocks):
@@ -66,35 +73,34 @@ class Network(nnx.Module):
         x = self.stem(windows(with_channels(images), stride=2))
         for block in self.blocks:
             x = block(x, activation)
-        return self.head(jnp.mean(activation(self.norm(x)), axis=(1, 2)))
+        x = jnp.mean(activation(self.norm(x)), axis=(1, 2))
+        return self.head(x / self.growth)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Resnet:
     """Residual networks on images; `blocks` says how many each stage has, `width` how many channels
-    the first.
+    the first. With a `base_width` they are under mu-parametrization, and at that width the standard
+    ones.
     """
 
     data: Dataset | str = "digits/held_out"
     width: int = dataclasses.field(default=8, metadata={"static": True})
     blocks: tuple[int, ...] = dataclasses.field(default=(1, 1), metadata={"static": True})
     batch_size: int = dataclasses.field(default=64, metadata={"static": True})
+    base_width: int | None = dataclasses.field(default=None, metadata={"static": True})
     dynamic: Dynamic = dataclasses.field(default=Dynamic(), metadata={"static": True})
 
     def __post_init__(self) -> None:
         load_field(self)
-        positive_integers(self, "width", "blocks")
+        positive_integers(self, "width", "blocks", "base_width")
 
     def __call__(self, key: Key) -> NetworkTask:
         assert isinstance(self.data, Dataset)
-        inputs = image_shape(self.data)[-1]
-        return drawn_task(
-            self,
-            nnx_network(Network, inputs, self.width, self.blocks, outputs(self.data)),
-            predict(self.data),
-            key,
-        )
+        arguments = (image_shape(self.data)[-1], self.width, self.blocks, outputs(self.data))
+        network = scalable(Network, *arguments, width=self.width, base_width=self.base_width)
+        return drawn_task(self, network, predict(self.data), key)
 
 
 EXAMPLES = (Resnet(data=synthetic(), width=4, blocks=(1, 1), batch_size=16),)

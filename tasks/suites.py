@@ -8,6 +8,7 @@ halves that share no row.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,7 @@ from tasks.haiku_mlp import HaikuMLP
 from tasks.image_mlp import ImageMLP
 from tasks.landscapes import Landscape
 from tasks.matrix_factorization import MatrixFactorization
+from tasks.mlp import MLP
 from tasks.quadratic import Quadratic
 from tasks.reduced_batch import ReducedBatch
 from tasks.reparam import Reparam
@@ -105,6 +107,14 @@ def _train_diverse() -> Suite:
     }
 
 
+WIDTHS = (64, 128, 256)
+
+
+def _train_widths(base_width: int | None) -> Suite:
+    """MLPs of three widths, as those that arXiv:2406.00153 meta-trains on."""
+    return {f"glyphs_mlp_{w}": MLP("glyphs@8x8", w, base_width=base_width) for w in WIDTHS}
+
+
 def _metaval_small() -> Suite:
     return {
         "petals_mlp": ImageMLP("petals@8x8", hidden=(48, 32), dynamic=Dynamic()),
@@ -160,6 +170,8 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "train/quick": _train_quick,
     "train/fast": _train_fast,
     "train/diverse": _train_diverse,
+    "train/widths": functools.partial(_train_widths, None),
+    "train/mup_widths": functools.partial(_train_widths, 128),
     "metaval/small": _metaval_small,
     "heldout/quick": _heldout_quick,
     "heldout/small": _heldout_small,

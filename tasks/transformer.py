@@ -16,15 +16,18 @@ class Attention(nnx.Module):
 
     Args:
       causal: what comes out at position t depends on no position after t.
+      growth: under mu-parametrization the width over the base width. Scores are divided by the
+        root of the size of a head and by that of `growth`, together by the size of a head but for
+        a constant: what is trained is correlated (arXiv:2203.03466).
 
     Raises:
       ValueError: `heads` does not divide `width`.
     """
 
-    def __init__(self, width: int, heads: int, causal: bool, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, causal: bool, growth: float, rngs: nnx.Rngs):
         if width % heads:
             raise ValueError(f"`width` must be a multiple of `heads`, got {width} and {heads}")
-        self.heads, self.causal = heads, causal
+        self.heads, self.causal, self.growth = heads, causal, growth
         self.query = nnx.Linear(width, width, use_bias=False, rngs=rngs)
         self.key = nnx.Linear(width, width, use_bias=False, rngs=rngs)
         self.value = nnx.Linear(width, width, use_bias=False, rngs=rngs)
@@ -37,7 +40,8 @@ class Attention(nnx.Module):
             return linear(x).reshape(batch, length, self.heads, -1)
 
         query, key, value = heads(self.query), heads(self.key), heads(self.value)
-        scores = jnp.einsum("bthd,bshd->bhts", query, key) / math.sqrt(width // self.heads)
+        scale = math.sqrt(width // self.heads * self.growth)
+        scores = jnp.einsum("bthd,bshd->bhts", query, key) / scale
         scores = scores.astype(jnp.float32)
         if self.causal:
             past = jnp.tril(jnp.ones((length, length), bool))
@@ -50,9 +54,9 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)) with one hidden layer of 4 * `width` units."""
 
-    def __init__(self, width: int, heads: int, causal: bool, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, causal: bool, growth: float, rngs: nnx.Rngs):
         self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
-        self.attention = Attention(width, heads, causal, rngs)
+        self.attention = Attention(width, heads, causal, growth, rngs)
         self.mlp_norm = nnx.LayerNorm(width, rngs=rngs)
         self.up = nnx.Linear(width, 4 * width, rngs=rngs)
         self.down = nnx.Linear(4 * width, width, rngs=rngs)

@@ -14,7 +14,7 @@ from tasks.dynamic import Dynamic
 from tasks.fields import positive_integers
 from tasks.losses import predict
 from tasks.network import NetworkTask, drawn_task
-from tasks.nnx_network import nnx_network
+from tasks.nnx_network import scalable
 from tasks.text import Text, load_text_field
 from tasks.transformer import Block
 
@@ -25,14 +25,21 @@ class Network(nnx.Module):
     """
 
     def __init__(
-        self, symbols: int, length: int, width: int, depth: int, heads: int, rngs: nnx.Rngs
+        self,
+        symbols: int,
+        length: int,
+        width: int,
+        depth: int,
+        heads: int,
+        growth: float,
+        rngs: nnx.Rngs,
     ):
-        self.symbols = symbols
+        self.symbols, self.growth = symbols, growth
         self.embed = nnx.Linear(symbols, width, use_bias=False, rngs=rngs)
         self.position_embedding = nnx.Param(
             jax.random.normal(rngs.params(), (length, width)) / math.sqrt(width)
         )
-        self.blocks = nnx.List([Block(width, heads, True, rngs) for _ in range(depth)])
+        self.blocks = nnx.List([Block(width, heads, True, growth, rngs) for _ in range(depth)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.readout = nnx.Linear(width, symbols, rngs=rngs)
 
@@ -43,7 +50,7 @@ class Network(nnx.Module):
         x = self.embed(jax.nn.one_hot(tokens, self.symbols)) + self.position_embedding[None]
         for block in self.blocks:
             x = block(x, activation)
-        return self.readout(self.norm(x))
+        return self.readout(self.norm(x) / self.growth)
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +59,8 @@ class TransformerLM:
     """The next character at every position of a window of `length`, by `depth` blocks of `width`
     with `heads` attention heads.
 
-    `data` may be a name for `tasks.text.load_text`.
+    `data` may be a name for `tasks.text.load_text`. With a `base_width` they are
+    under mu-parametrization, and at that width the standard ones.
     """
 
     data: Text | str = "python_docs/meta_train"
@@ -61,11 +69,12 @@ class TransformerLM:
     heads: int = dataclasses.field(default=2, metadata={"static": True})
     length: int = dataclasses.field(default=16, metadata={"static": True})
     batch_size: int = dataclasses.field(default=8, metadata={"static": True})
+    base_width: int | None = dataclasses.field(default=None, metadata={"static": True})
     dynamic: Dynamic = dataclasses.field(default=Dynamic(), metadata={"static": True})
 
     def __post_init__(self) -> None:
         load_text_field(self)
-        positive_integers(self, "width", "depth", "heads")
+        positive_integers(self, "width", "depth", "heads", "base_width")
         if self.width % self.heads:
             raise ValueError(
                 f"`width` must be a multiple of `heads`, got {self.width} and {self.heads}"
@@ -74,7 +83,8 @@ class TransformerLM:
     def __call__(self, key: Key) -> NetworkTask:
         assert isinstance(self.data, Text)
         sizes = (self.data.classes, self.length, self.width, self.depth, self.heads)
-        return drawn_task(self, nnx_network(Network, *sizes), predict(self.data), key)
+        network = scalable(Network, *sizes, width=self.width, base_width=self.base_width)
+        return drawn_task(self, network, predict(self.data), key)
 
 
 EXAMPLES = (TransformerLM(data="markov", width=8, length=12, batch_size=8),)

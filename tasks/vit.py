@@ -17,7 +17,7 @@ from tasks.fields import positive_integers
 from tasks.images import image_shape, tiles, with_channels
 from tasks.losses import outputs, predict
 from tasks.network import NetworkTask, drawn_task
-from tasks.nnx_network import nnx_network
+from tasks.nnx_network import scalable
 from tasks.transformer import Block
 
 
@@ -34,16 +34,17 @@ class Network(nnx.Module):
         depth: int,
         heads: int,
         outputs: int,
+        growth: float,
         rngs: nnx.Rngs,
     ):
         height, length, channels = shape
         tokens = (height // patch) * (length // patch)
-        self.patch = patch
+        self.patch, self.growth = patch, growth
         self.patches = nnx.Linear(patch * patch * channels, width, rngs=rngs)
         self.position_embedding = nnx.Param(
             jax.random.normal(rngs.params(), (tokens, width)) / math.sqrt(width)
         )
-        self.blocks = nnx.List([Block(width, heads, False, rngs) for _ in range(depth)])
+        self.blocks = nnx.List([Block(width, heads, False, growth, rngs) for _ in range(depth)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, outputs, rngs=rngs)
 
@@ -54,14 +55,15 @@ class Network(nnx.Module):
         x = x + self.position_embedding[None]
         for block in self.blocks:
             x = block(x, activation)
-        return self.head(jnp.mean(self.norm(x), axis=1))
+        return self.head(jnp.mean(self.norm(x), axis=1) / self.growth)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Vit:
     """Vision transformers on images: `depth` blocks of `width` with `heads` attention heads, on
-    squares of `patch` pixels a side.
+    squares of `patch` pixels a side. With a `base_width` they are under mu-parametrization, and at
+    that width the standard ones.
     """
 
     data: Dataset | str = "digits/meta_train"
@@ -70,11 +72,12 @@ class Vit:
     depth: int = dataclasses.field(default=2, metadata={"static": True})
     heads: int = dataclasses.field(default=2, metadata={"static": True})
     batch_size: int = dataclasses.field(default=64, metadata={"static": True})
+    base_width: int | None = dataclasses.field(default=None, metadata={"static": True})
     dynamic: Dynamic = dataclasses.field(default=Dynamic(), metadata={"static": True})
 
     def __post_init__(self) -> None:
         load_field(self)
-        positive_integers(self, "patch", "width", "depth", "heads")
+        positive_integers(self, "patch", "width", "depth", "heads", "base_width")
         if self.width % self.heads:
             raise ValueError(
                 f"`width` must be a multiple of `heads`, got {self.width} and {self.heads}"
@@ -89,7 +92,8 @@ class Vit:
                 f"{shape[0]}x{shape[1]} in {self.data!r}"
             )
         arguments = (shape, self.patch, self.width, self.depth, self.heads, outputs(self.data))
-        return drawn_task(self, nnx_network(Network, *arguments), predict(self.data), key)
+        network = scalable(Network, *arguments, width=self.width, base_width=self.base_width)
+        return drawn_task(self, network, predict(self.data), key)
 
 
 EXAMPLES = (Vit(data=synthetic(), patch=2, width=8, depth=1, batch_size=16),)

@@ -17,6 +17,7 @@ import pytest
 import trajectories
 
 from learned_opt.features import factored_axes
+from learned_opt.mup import MuP
 from learned_opt.small_fc import SmallFC
 
 GOLDEN = Path(__file__).parent / "golden" / "small_fc.npz"
@@ -133,25 +134,22 @@ def test_small_fc_follows_the_published_trajectory(mode, tag, problem):
 
 
 MULO = trajectories.GOLDEN / "mulo.npz"
-# of the matrices whose width grows, 1 / fan-in; the fixture's own multipliers
-MULTIPLIERS = {"mlp/~/linear_1|w": 0.25, "conv|w": 0.125, "scale|s": 0.5}
+# the fixture's own; those of all other leaves are 1
+STEPS = {"mlp/~/linear_1|w": 0.25, "conv|w": 0.125, "scale|s": 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
 class MuSmallFC:
-    """small_fc under maximal-update parametrization: its updates scaled leaf by leaf."""
+    """`MuP` of small_fc with the multipliers of the leaves that there are."""
 
     step_size: float
     clip: bool
 
     def optimizer(self, theta, horizon):
-        before = [optax.clip_by_global_norm(1.0)] if self.clip else []
-        scale = optax.stateless(
-            lambda updates, params: {k: MULTIPLIERS.get(k, 1.0) * u for k, u in updates.items()}
-        )
-        rule = SmallFC(step_size=self.step_size)
-        chain = optax.chain(*before, rule.optimizer(theta, horizon), scale)
-        return optax.with_extra_args_support(chain)
+        multipliers = lambda params: {name: STEPS.get(name, 1.0) for name in params}  # noqa: E731
+        optimizer = MuP(SmallFC(step_size=self.step_size), multipliers).optimizer(theta, horizon)
+        clip = optax.clip_by_global_norm(1.0) if self.clip else optax.identity()
+        return optax.with_extra_args_support(optax.chain(clip, optimizer))
 
 
 @pytest.mark.parametrize("problem", trajectories.PROBLEMS)

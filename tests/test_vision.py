@@ -206,14 +206,14 @@ def test_tiles_are_squares_row_by_row():
 
 
 def test_causal_attention_is_a_softmax_over_the_past():
-    module = Attention(6, 3, True, nnx.Rngs(0))
+    module = Attention(6, 3, True, 1.0, nnx.Rngs(0))
     x = jax.random.normal(KEY, (2, 5, 6))
     expected = attention(float64(nnx.to_pure_dict(nnx.state(module))), float64(x), 3, causal=True)
     np.testing.assert_allclose(module(x), expected, atol=1e-6)
 
 
 def test_a_causal_block_does_not_look_ahead():
-    block = Block(6, 3, True, nnx.Rngs(0))
+    block = Block(6, 3, True, 1.0, nnx.Rngs(0))
     x = jax.random.normal(KEY, (2, 5, 6))
     difference = np.abs(block(x.at[:, 3].multiply(-1)) - block(x)).max(axis=(0, 2))
     np.testing.assert_array_equal(difference[:3], 0)

@@ -1,0 +1,209 @@
+"""Multipliers of mu-parametrization: the published table, equivalences, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import learned_opt
+from learned_opt import artifact
+from learned_opt.mup import Multipliers, MuP, mup, mup_multipliers
+from learned_opt.small_fc import SmallFC
+from learned_opt.velo import Velo
+from tasks.base import train_step
+from tasks.data import synthetic
+from tasks.mlp import MLP
+
+# of a model of width 8 and the same at 4 times the width: base shape, shape; multipliers of updates
+# and gradients relative to the base; the same in absolute numbers
+TABLE = {
+    "embed/embedding": ((11, 8), (11, 32), (1, 4), (1, 32)),
+    "input/kernel": ((5, 8), (5, 32), (1, 4), (1, 32)),
+    "input/bias": ((8,), (32,), (1, 4), (1, 32)),
+    "position_embedding": ((7, 8), (7, 32), (1, 4), (1, 32)),
+    "hidden_0/kernel": ((8, 8), (32, 32), (1 / 4, 4), (1 / 32, 32)),
+    "blocks/0/attention/query/kernel": ((8, 2, 4), (32, 8, 4), (1 / 4, 4), (1 / 32, 32)),
+    "blocks/0/attention/query/bias": ((2, 4), (8, 4), (1, 4), (1, 32)),
+    # heads are flattened: its fan-in is heads times their size
+    "blocks/0/attention/out/kernel": ((2, 4, 8), (8, 4, 32), (1 / 4, 4), (1 / 32, 32)),
+    "blocks/0/norm/scale": ((8,), (32,), (1, 4), (1, 32)),
+    "blocks/0/up/kernel": ((8, 32), (32, 128), (1 / 4, 4), (1 / 32, 128)),
+    "blocks/0/conv/kernel": ((3, 3, 8, 8), (3, 3, 32, 32), (1 / 4, 4), (1 / 288, 32)),
+    "readout/kernel": ((8, 10), (32, 10), (1, 4), (1, 32)),
+    "readout/bias": ((10,), (10,), (1, 1), (1, 1)),
+}
+
+
+def nested(column, make=lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)):
+    return {name: make(row[column]) for name, row in TABLE.items()}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_table(name):
+    relative = mup_multipliers(nested(1), nested(0))
+    assert (relative.step[name], relative.gradient[name]) == pytest.approx(TABLE[name][2])
+    by_name = mup_multipliers(nested(1))
+    assert (by_name.step[name], by_name.gradient[name]) == pytest.approx(TABLE[name][3])
+    absolute = mup_multipliers(nested(1), nested(0), base_width=1)
+    assert (absolute.step[name], absolute.gradient[name]) == pytest.approx(TABLE[name][3])
+    halved = mup_multipliers(nested(1), base_width=2)
+    grows = TABLE[name][0] != TABLE[name][1]
+    assert halved.gradient[name] == pytest.approx(TABLE[name][3][1] / (2 if grows else 1))
+
+
+def test_heads_may_grow_in_size_or_in_number():
+    class Model(nnx.Module):
+        def __init__(self, width, heads, rngs):
+            self.attention = nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
+
+    def shapes(width, heads):
+        model = nnx.eval_shape(lambda: Model(width, heads, nnx.Rngs(0)))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    for wide in (shapes(32, 2), shapes(32, 8)):
+        steps = mup_multipliers(wide, shapes(8, 2)).step["attention"]
+        assert {name: step["kernel"] for name, step in steps.items()} == dict.fromkeys(
+            ("query", "key", "value", "out"), 1 / 4
+        )
+        assert all(step["bias"] == 1 for step in steps.values())
+    with pytest.raises(ValueError, match=r"attention/key/kernel \[32, 4, 8\] grows in 3 axes"):
+        mup_multipliers(shapes(32, 4), shapes(8, 2))
+
+
+def steps_of(optimizer, grads, params):
+    state, found = optimizer.init(params), []
+    for grad in grads:
+        updates, state = optimizer.update(grad, state, params)
+        found.append(updates)
+    return found
+
+
+def random(seed, column=1):
+    rng = np.random.default_rng(seed)
+    return nested(column, lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32))
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_sgd_takes_the_published_learning_rates(name):
+    """Of table 8 of arXiv 2203.03466: of vectors and inputs times fan-out, of readouts times
+    fan-in, of hidden matrices times fan-out over fan-in. Relative to the base all in ratios.
+    """
+    params, grads = random(0), [random(1), random(2)]
+    multipliers = mup_multipliers(params, random(0, 0))
+    got = steps_of(mup(optax.sgd(0.1, momentum=0.9), multipliers), grads, params)
+    want = steps_of(optax.sgd(0.1, momentum=0.9), grads, params)
+    hidden = any(part in name for part in ("hidden", "query/kernel", "/out/kernel", "up", "conv"))
+    factor = 1.0 if hidden or name == "readout/bias" else 4.0
+    for updates, plain in zip(got, want, strict=True):
+        np.testing.assert_allclose(updates[name], factor * plain[name], rtol=1e-6)
+
+
+def test_adam_takes_the_published_learning_rates_whatever_its_epsilon():
+    """Gradients that are 4 times smaller, as those of a network 4 times as wide, give the steps
+    that Adam makes at the base width, of which hidden matrices take a quarter.
+    """
+    params, grads = random(0), [random(1), random(2)]
+    multipliers = mup_multipliers(params, random(0, 0))
+    small = [
+        jax.tree.map(lambda g, scale: 1e-6 * g / scale, g, multipliers.gradient) for g in grads
+    ]
+    base = [jax.tree.map(lambda g: 1e-6 * g, g) for g in grads]
+    adam = optax.adam(1e-3, eps=1e-6)
+    got, want = (steps_of(o, g, params) for o, g in ((mup(adam, multipliers), small), (adam, base)))
+    for updates, plain in zip(got, want, strict=True):
+        want_here = jax.tree.map(lambda u, step: step * u, plain, multipliers.step)
+        for name in TABLE:
+            np.testing.assert_allclose(updates[name], want_here[name], rtol=1e-5)
+
+
+def test_at_the_base_width_nothing_changes():
+    params, grads = random(0, 0), [random(1, 0), random(2, 0)]
+    rule = SmallFC(hidden=4)
+    theta = rule.init(jax.random.key(0))
+    at_base = MuP(rule, mup_multipliers(params, params)).optimizer(theta)
+    got, want = (steps_of(o, grads, params) for o in (at_base, rule.optimizer(theta)))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_bfloat16_and_extra_arguments_pass_through():
+    params = {"hidden/kernel": jnp.ones((4, 4), jnp.bfloat16)}
+    rule = MuP(Velo(lstm=4, bank=2, relative_steps=False))
+    optimizer = rule.optimizer(rule.init(jax.random.key(0)), 10)
+    updates, _ = optimizer.update(params, optimizer.init(params), params, value=1.0)
+    assert updates["hidden/kernel"].dtype == jnp.bfloat16
+
+
+def test_exported_it_finds_multipliers_by_name_or_is_given_them(tmp_path):
+    family = MLP(synthetic(), width=16, depth=2, batch_size=8, base_width=8)
+    task = family(jax.random.key(0))
+    params, batch = task.init(jax.random.key(1)), task.batch(jax.random.key(2), "train")
+    rule = MuP(SmallFC(hidden=4), base_width=8)
+    theta = rule.init(jax.random.key(0))
+    artifact.save(tmp_path / "a.safetensors", rule, theta, {})
+    artifact.save(tmp_path / "plain.safetensors", rule.rule, theta, {})
+    base_params = MLP(synthetic(), 8, 2, 8)(jax.random.key(0)).init(jax.random.key(1))
+    multipliers = mup_multipliers(params, base_params)
+    assert multipliers.step["hidden"][0]["kernel"] == 1 / 2
+    found = [
+        train_step(task, optimizer, params, optimizer.init(params), batch)[0]
+        for optimizer in (
+            learned_opt.load(tmp_path / "a.safetensors"),
+            learned_opt.load(tmp_path / "a.safetensors", multipliers=multipliers),
+            learned_opt.load(tmp_path / "plain.safetensors", multipliers=multipliers),
+        )
+    ]
+    jax.tree.map(np.testing.assert_array_equal, found[0], found[1])
+    jax.tree.map(np.testing.assert_array_equal, found[1], found[2])
+    with pytest.raises(ValueError, match="could not be built again"):
+        artifact.save(tmp_path / "b.safetensors", MuP(rule.rule, multipliers), theta, {})
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("params", "base", "overrides", "message"),
+    [
+        (
+            {"router": {"kernel": shape(16, 4)}}, {"router": {"kernel": shape(8, 4)}}, (),
+            "router/kernel .16, 4. has an ambiguous role: only its inputs grow.*'readout' if",
+        ),
+        (
+            {"w": shape(16, 9)}, {"w": shape(8, 3)}, (),
+            "w .16, 9. has an ambiguous role: its axes grow 2 and 3 times",
+        ),
+        ({"w": shape(4, 4)}, None, (), "w .4, 4. has an ambiguous role: its name says nothing"),
+        ({"layers": {"w": shape(4, 2, 8)}}, None, (), "middle axis may be of its inputs"),
+        ({"w": shape(4, 4, 4)}, {"w": shape(2, 2, 2)}, (), "w .4, 4, 4. grows in 3 axes"),
+        ({"w": shape(4, 4)}, {"v": shape(2, 2)}, (), "`base_params` must be of the same model"),
+        ({"w": shape(4, 4)}, {"w": shape(2)}, (), "`base_params` has leaves of ranks .1., "),
+        ({"w": shape(4, 4)}, {"w": shape(2, 2)}, {"x": "hidden"}, "'x' matches none of the"),
+        ({"w": shape(4, 4)}, {"w": shape(2, 2)}, {"w": "hiden"}, "one of vector, input, hidden"),
+        ({"w": shape(4, 4)}, {"w": shape(2, 2)}, {"w": -1.0}, "must be a positive number or one"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(params, base, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        mup_multipliers(params, base, overrides=overrides)
+
+
+def test_overrides_say_what_shapes_do_not():
+    wide, narrow = {"router": {"kernel": shape(16, 4)}}, {"router": {"kernel": shape(8, 4)}}
+    for override, want in (("readout", (1, 2)), ("hidden", (0.5, 1)), (0.25, (0.25, 1))):
+        step, gradient = mup_multipliers(wide, narrow, overrides={"router": override})
+        assert (step["router"]["kernel"], gradient["router"]["kernel"]) == want
+
+
+def test_a_rule_is_refused_that_mu_parametrization_would_not_help():
+    with pytest.raises(ValueError, match="relative_steps=False"):
+        MuP(Velo())
+    with pytest.raises(TypeError, match="`rule` must be a learned optimizer"):
+        MuP(SmallFC)  # pyright: ignore
+    with pytest.raises(ValueError, match="`base_width` must be positive"):
+        MuP(SmallFC(), base_width=0)
+    params = {"a": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"`multipliers` \(step\) must be a tree of numbers like"):
+        mup(optax.sgd(1.0), Multipliers({"b": 1.0})).init(params)
