@@ -17,7 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import learned_opt
 from learned_opt import artifact, base, discovery
+from learned_opt.celo import Celo
 from learned_opt.hyperparams import Hyperparams
+from learned_opt.small_fc import SmallFC
 
 RULES = discovery.examples(learned_opt)
 HORIZON = 10
@@ -29,6 +31,21 @@ SHAPES = {
     "five": (2, 1, 3, 1, 2),
 }
 SOME = ("scalar", "matrix")
+
+
+def quick_for(*classes):
+    """Every rule, those of other classes in the slow suite."""
+    params = [
+        pytest.param(
+            rule,
+            marks=() if isinstance(rule, classes) else pytest.mark.slow,
+            id=discovery.name_of(type(rule)),
+        )
+        for rule in RULES
+    ]
+    return pytest.mark.parametrize("rule", params)
+
+
 for_each_rule = pytest.mark.parametrize(
     "rule", RULES, ids=[discovery.name_of(type(rule)) for rule in RULES]
 )
@@ -299,18 +316,8 @@ def unroll(rule, theta):
     return jnp.stack([loss(params), jnp.sum(moved)])
 
 
-@pytest.mark.parametrize(
-    "rule",
-    # compiling a gradient through a rule takes long: one in the quick suite, all in the slow one
-    [
-        pytest.param(
-            rule,
-            marks=() if isinstance(rule, Hyperparams) else pytest.mark.slow,
-            id=discovery.name_of(type(rule)),
-        )
-        for rule in RULES
-    ],
-)
+# compiling a gradient through a rule takes long
+@quick_for(Hyperparams)
 def test_meta_gradient(rule):
     """Against central differences along the gradient and along random directions.
 
@@ -375,7 +382,7 @@ def test_params_need_not_be_jax_arrays(rule):
     assert_close(updates, plain(rule, SOME)[0])
 
 
-@for_each_rule
+@quick_for(Hyperparams, SmallFC, Celo)
 def test_sharded_params_and_state(rule):
     """Every leaf with an axis that eight devices can share is split over them along it."""
     devices = jax.device_count()

@@ -238,12 +238,16 @@ def test_rules_that_read_the_loss_and_the_horizon_meta_train(estimator, rule):
 
 
 @pytest.mark.parametrize(
-    "example",
-    [PES(), TruncatedBPTT(), pytest.param(FullBPTT(), marks=pytest.mark.slow)],
-    ids=discovery.spec_of,
+    "rule",
+    [
+        Hyperparams(knots=2, learning_rate=1e30),
+        pytest.param(SmallFC(hidden=2, step_size=1e30), marks=pytest.mark.slow),
+    ],
+    ids=lambda rule: discovery.name_of(type(rule)),
 )
-def test_a_diverged_run_is_a_bounded_loss_and_never_poisons_the_estimate(example):
-    problem = Training(Quadratic(dimension=3), SmallFC(hidden=2, step_size=1e30), 8, 4)
+@pytest.mark.parametrize("example", [PES(), TruncatedBPTT(), FullBPTT()], ids=discovery.spec_of)
+def test_a_diverged_run_is_a_bounded_loss_and_never_poisons_the_estimate(example, rule):
+    problem = Training(Quadratic(dimension=3), rule, 8, 4)
     theta = problem.rule.init(KEY)
     estimator = dataclasses.replace(example, problem=problem, particles=3)
     state = estimator.init(theta, KEY)
