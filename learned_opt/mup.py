@@ -87,19 +87,25 @@ def mup_multipliers(
         raise ValueError(f"`base_width` must be positive, got {base_width}")
     if base_params is None and base_width is None:
         base_width = 1.0
-    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-    names, shapes = [path_name(path) for path, _ in paths], [jnp.shape(x) for _, x in paths]
-    bases = [None] * len(shapes) if base_params is None else _bases(treedef, shapes, base_params)
+    shapes = {name: jnp.shape(leaf) for name, leaf in _leaves(params).items()}
+    bases = {} if base_params is None else _bases(shapes, base_params)
     for pattern in chosen:
-        if not any(map(pattern.search, names)):
+        if not any(map(pattern.search, shapes)):
             raise ValueError(
-                f"`overrides` {pattern.pattern!r} matches none of the paths {', '.join(names)}"
+                f"`overrides` {pattern.pattern!r} matches none of the paths {', '.join(shapes)}"
             )
     scales = []
-    for name, shape, at_base in zip(names, shapes, bases, strict=True):
+    for name, shape in shapes.items():
         override = next((value for p, value in chosen.items() if p.search(name)), None)
-        scales.append(_scales(name, shape, at_base, base_width, override))
-    return Multipliers(*(treedef.unflatten(scale) for scale in zip(*scales, strict=True)))
+        scales.append(_scales(name, shape, bases.get(name), base_width, override))
+    unflatten = jax.tree.structure(params).unflatten
+    return Multipliers(*(unflatten(scale) for scale in zip(*scales, strict=True)))
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """By path, which is the same for flax's nnx.State and the pure dict that it makes of it."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path).removesuffix("/value"): leaf for path, leaf in paths}
 
 
 def _checked(overrides: Overrides) -> dict[re.Pattern, str | float]:
@@ -114,17 +120,16 @@ def _checked(overrides: Overrides) -> dict[re.Pattern, str | float]:
     return {re.compile(pattern): value for pattern, value in pairs}
 
 
-def _bases(treedef: Any, shapes: list[Shape], base_params: base.Params) -> list[Shape]:
-    other = jax.tree.structure(base_params)
-    if other != treedef:
+def _bases(shapes: dict[str, Shape], base_params: base.Params) -> dict[str, Shape]:
+    bases = {name: jnp.shape(leaf) for name, leaf in _leaves(base_params).items()}
+    if differ := bases.keys() ^ shapes.keys():
         raise ValueError(
-            "`base_params` must be of the same model at another width, as deep as `params`; its "
-            f"structure is {other}, that of `params` {treedef}"
+            "`base_params` must be of the same model at another width, as deep as `params`; "
+            f"only one of them has {', '.join(sorted(differ))}"
         )
-    bases = [jnp.shape(leaf) for leaf in jax.tree.leaves(base_params)]
-    ranks = [list(map(len, side)) for side in (shapes, bases)]
-    if ranks[0] != ranks[1]:
-        raise ValueError(f"`base_params` has leaves of ranks {ranks[1]}, `params` of {ranks[0]}")
+    for name, shape in shapes.items():
+        if len(shape) != len(bases[name]):
+            raise ValueError(f"`base_params` {name} is {list(bases[name])}, `params` {list(shape)}")
     return bases
 
 
@@ -221,14 +226,17 @@ def _sizes(name: str, shape: Shape, role: str | float, unit: float) -> tuple[flo
             return shape[0] / unit, math.prod(shape[1:]) / unit
         if not JOINS_HEADS.search(name):
             why = "its middle axis may be of its inputs or of its outputs"
-            joined, split = 1 / math.prod(shape[:-1]), 1 / shape[0]
+            joined, split = unit / math.prod(shape[:-1]), unit / shape[0]
             raise _ambiguous(name, shape, why, f"{joined:g} if of its inputs, else {split:g}")
     return math.prod(shape[:-1]) / unit, shape[-1] / unit
 
 
 def _times(tree: Any, scales: Any) -> Any:
     """Leaf by leaf, in the leaf's dtype."""
-    return jax.tree.map(lambda x, scale: x * jnp.asarray(scale, jnp.result_type(x)), tree, scales)
+    numbers = _leaves(scales)
+    return jax.tree.structure(tree).unflatten(
+        x * jnp.asarray(numbers[name], jnp.result_type(x)) for name, x in _leaves(tree).items()
+    )
 
 
 def mup(
@@ -245,7 +253,7 @@ def mup(
         published; or a function that finds them for params.
 
     Raises (at init):
-      ValueError: the multipliers are of another structure than the params.
+      ValueError: leaves of the params have no multiplier.
     """
     inner = optax.with_extra_args_support(optimizer)
 
@@ -253,10 +261,12 @@ def mup(
         found = multipliers(tree) if callable(multipliers) else multipliers
         found = found if isinstance(found, Multipliers) else Multipliers(found)
         for name, scales in zip(found._fields, found, strict=True):
-            if scales is not None and jax.tree.structure(scales) != jax.tree.structure(tree):
+            # more than there are is fine: optax.masked and optax.partition hand over some leaves
+            missing = {} if scales is None else _leaves(tree).keys() - _leaves(scales).keys()
+            if missing:
                 raise ValueError(
-                    f"`multipliers` ({name}) must be a tree of numbers like the params, got "
-                    f"{jax.tree.structure(scales)} for {jax.tree.structure(tree)}"
+                    f"`multipliers` ({name}) must have a number for every leaf of the params, "
+                    f"got none for {', '.join(sorted(missing))}"
                 )
         return found
 
