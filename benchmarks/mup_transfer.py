@@ -64,10 +64,11 @@ class Cell:
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048)
 CELLS = (
-    *(Cell("width", "mlp", width, 3, 300) for width in WIDTHS),
-    *(Cell("depth", "mlp", 128, depth, 500) for depth in (3, 12, 24)),
+    *(Cell("width", "mlp", width, 3, 200) for width in WIDTHS),
+    *(Cell("depth", "mlp", 128, depth, 300) for depth in (12, 24)),
+    *(Cell("horizon", "mlp", width, 3, 1000) for width in (64, 256)),
     *(Cell("horizon", "mlp", width, 3, 5000) for width in (64, 256)),
-    *(Cell("horizon", "mlp", width, 3, 25000) for width in (64, 128)),
+    Cell("horizon", "mlp", 64, 3, 25000),
     *(Cell("width", "transformer", width, 2, 200) for width in (64, 128, 256)),
     Cell("depth", "transformer", 64, 8, 200),
     *(Cell("width", "vit", width, 2, 200) for width in (64, 128, 256)),
@@ -108,7 +109,6 @@ def learned(cell: Cell, path: Path, base_width: int | None) -> dict[str, Any]:
 
 def adam(cell: Cell, base_width: int | None, chosen: dict[str, float] | None) -> dict[str, Any]:
     """Adam of the setting that is best on tuning seeds by mean training loss, or of `chosen`."""
-    make = optax.adam
     if base_width is not None:
         at = lambda width: cell.family(width, base_width)  # noqa: E731
         multipliers = relative_multipliers(at, cell.width, base_width)

@@ -42,18 +42,23 @@ def run(
     Raises:
       ValueError, OSError: before any work, for unknown names and impossible numbers.
     """
-    for option, value in (("steps", steps), ("seeds", seeds)):
-        if value < 1:
-            raise ValueError(f"`{option}` must be at least 1, got {value}")
+    # at the first step a readout of zeros lets nothing through, and nothing moves
+    for option, value, least in (("steps", steps, 2), ("seeds", seeds, 1)):
+        if value < least:
+            raise ValueError(f"`{option}` must be at least {least}, got {value}")
     for option, value in (("tolerance", tolerance), ("learning_rate", learning_rate)):
         if not 0 < value < math.inf:
             raise ValueError(f"`{option}` must be positive, got {value}")
     sizes = parse_widths(widths)
-    base = None if standard else base_width or sizes[0]
+    if standard and base_width is not None:
+        raise ValueError("`base_width` is for mu-parametrization: leave it out with --standard")
+    base = sizes[0] if base_width is None else base_width
+    base = None if standard else base
     at = _families(model, base)
     make = _optimizers(name, at, base, steps, learning_rate)
     suite = {width: at(width) for width in sizes}
-    for family in suite.values():  # what cannot be built is told before any work
+    smallest = [] if base is None else [at(base)]
+    for family in (*smallest, *suite.values()):  # what cannot be built is told before any work
         jax.eval_shape(lambda family=family: family(jax.random.key(0)).init(jax.random.key(0)))
     run_directory.check_writable("out_dir", directory / JSON)
     how = "standard parametrization" if standard else f"mu-parametrization from width {base}"
@@ -65,7 +70,8 @@ def run(
     verdict = coordinate_check.judge(found, tolerance)
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / JSON) as file:
-        file.write(json.dumps(_plain(title, found, verdict), indent=1).encode())
+        about = {"title": title, "tolerance": tolerance, "seeds": seeds}
+        file.write(json.dumps(about | _plain(found, verdict), indent=1).encode())
     save_png(coordinate_check.figure(found, title), directory / PLOT)
     console.print(coordinate_check.table(found, tolerance, title), soft_wrap=False)
     word = "[green]pass[/green]" if verdict.passed else "[red]fail[/red]"
@@ -89,7 +95,7 @@ def parse_widths(text: str) -> list[int]:
         if "..." in parts:
             at = parts.index("...")
             before, (last,) = [int(part) for part in parts[:at]], map(int, parts[at + 1 :])
-            ratio = before[-1] / before[-2]
+            ratio = before[-1] / before[-2] if before[-2] > 0 else 0.0
             while ratio > 1 and before[-1] < last:
                 before.append(round(before[-1] * ratio))
             widths = before if before[-1] == last else []
@@ -140,30 +146,37 @@ def _optimizers(
             return lambda width: plain
         return lambda width: mup(plain, relative_multipliers(at, width, base_width))
     rule, theta = named.find(name, [*BASELINES])
-    rule = rule if isinstance(rule, MuP) else MuP(rule)
     if base_width is None:
-        return lambda width: rule.rule.optimizer(theta, steps)
+        plain = rule.rule if isinstance(rule, MuP) else rule
+        return lambda width: plain.optimizer(theta, steps)
+    wrapped = rule if isinstance(rule, MuP) else MuP(rule)
 
     def under_mup(width: int) -> optax.GradientTransformation:
         scales = relative_multipliers(at, width, base_width)
-        if not rule.scale_gradients:
-            scales = Multipliers(scales.step)
-        return dataclasses.replace(rule, multipliers=scales).optimizer(theta, steps)
+        return dataclasses.replace(wrapped, multipliers=scales).optimizer(theta, steps)
 
     return under_mup
 
 
 def _plain(
-    title: str, found: coordinate_check.Coordinates, verdict: coordinate_check.Verdict
+    found: coordinate_check.Coordinates, verdict: coordinate_check.Verdict
 ) -> dict[str, Any]:
-    def slopes(values: Any) -> list[float | None]:
-        of_steps = coordinate_check.slopes(found.widths, values)
-        return [None if math.isnan(slope) else float(slope) for slope in of_steps]
+    """Lists by step; of what was measured, lists by width of these. None for what is not finite."""
+
+    def plain(values: Any) -> list[Any]:
+        if values.ndim > 1:
+            return [plain(row) for row in values]
+        return [float(x) if math.isfinite(x) else None for x in values]
+
+    def slopes(values: Any) -> list[Any]:
+        return plain(coordinate_check.slopes(found.widths, values))
 
     return {
-        "title": title,
         "widths": found.widths,
         "hidden": [name for name, hidden in found.hidden.items() if hidden],
+        "losses": plain(found.losses),
+        "changes": {name: plain(values) for name, values in found.changes.items()},
+        "updates": {name: plain(values) for name, values in found.updates.items()},
         "slopes_of_changes": {name: slopes(values) for name, values in found.changes.items()},
         "slopes_of_updates": {name: slopes(values) for name, values in found.updates.items()},
         "steepest": verdict.layer,

@@ -63,6 +63,8 @@ def measure(
         raise ValueError("`families` must have the same layers at every width")
     changes, updates, losses = jax.tree.map(lambda *widths: np.stack(widths), *measured)
     hidden = {name: len({size[name] for size in sizes}) > 1 for name in changes}
+    if not any(hidden.values()):
+        raise ValueError("`families` must have layers that grow with the width, got none")
     return Coordinates(tuple(families), changes, hidden, updates, losses)
 
 

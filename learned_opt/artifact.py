@@ -5,6 +5,7 @@ The metadata holds the schema version, the rule with its fields, and a card: pro
 licence, whatever the maker states.
 """
 
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -150,11 +151,13 @@ def load(
       name_or_path: a pretrained optimizer's name or a .safetensors file.
       horizon: steps the run will take; needed by some rules, which say so.
       learning_rate: multiplies the updates: a number or an optax schedule.
-      multipliers: of a mu-parametrized model, from `mup.mup_multipliers`; for any rule.
+      multipliers: of a mu-parametrized model, from `mup.mup_multipliers`; for any rule but those
+        whose steps are relative to the params (VeLO, Celo).
     """
     rule, theta, _ = read(name_or_path)
     if multipliers is not None:
-        rule = MuP(rule.rule if isinstance(rule, MuP) else rule, multipliers)
+        rule = rule if isinstance(rule, MuP) else MuP(rule)
+        rule = dataclasses.replace(rule, multipliers=multipliers)
     optimizer = rule.optimizer(theta, horizon)
     scale = optax.scale_by_learning_rate(learning_rate, flip_sign=False)
     return optax.with_extra_args_support(optax.chain(optimizer, scale))

@@ -6,7 +6,7 @@ Updates of learned rules are negative already, as those of `optax.sgd` are: they
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -41,23 +41,37 @@ def mask(by: By = None) -> Callable[[Params], Any]:
             f"`by` must be a regular expression, several, or a function of path and leaf, "
             f"got {by!r}"
         )
-    try:
-        compiled = [re.compile(pattern) for pattern in patterns]
-    except re.error as error:
-        raise ValueError(f"`by` {error.pattern!r} is no regular expression: {error}") from None
+    found = compiled("by", patterns)
 
     def named(params: Params) -> Any:
         paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        for pattern in compiled:
-            if paths and not any(map(pattern.search, paths)):
-                more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
-                raise ValueError(
-                    f"`by` {pattern.pattern!r} matches none of the paths "
-                    f"{', '.join(paths[:SHOWN])}{more}"
-                )
-        return _where(lambda path, leaf: any(p.search(path) for p in compiled))(params)
+        if paths:
+            check_found("by", found, paths)
+        return _where(lambda path, leaf: any(p.search(path) for p in found))(params)
 
     return named
+
+
+def compiled(argument: str, patterns: Iterable[str]) -> list[re.Pattern]:
+    """Raises ValueError, which names the argument, for what is no regular expression."""
+    try:
+        return [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise ValueError(
+            f"`{argument}` {error.pattern!r} is no regular expression: {error}"
+        ) from None
+
+
+def check_found(argument: str, patterns: Iterable[re.Pattern], paths: Iterable[str]) -> None:
+    """Raises ValueError, which names the argument, for a pattern that matches none of the paths."""
+    paths = list(paths)
+    for pattern in patterns:
+        if not any(map(pattern.search, paths)):
+            more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+            raise ValueError(
+                f"`{argument}` {pattern.pattern!r} matches none of the paths "
+                f"{', '.join(paths[:SHOWN])}{more}"
+            )
 
 
 def path_name(path: jax.tree_util.KeyPath) -> str:

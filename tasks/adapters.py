@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -151,14 +152,16 @@ class Nnx:
         return nnx.merge(_graph(self.build), params)(inputs, *activation)
 
     def activations(self, params: Params, inputs: Any, *activation: Any) -> dict[str, jax.Array]:
-        """The output of every module, by its path; "output" is that of the whole."""
+        """The output of every module, by its path, the second of one that is called twice under
+        "path/1"; "output" is that of the whole.
+        """
         from flax import nnx
 
         model = nnx.merge(_graph(self.build), params)
         keep = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)
         leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(keep(inputs, *activation)[1]))
         names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-        names = [name.partition("__call__")[0].rstrip("/") or "output" for name in names]
+        names = [re.sub("/?__call__(/0)?", "", name) or "output" for name in names]
         return dict(zip(names, (leaf for _, leaf in leaves), strict=True))
 
     def state(self, key: Key, inputs: Any) -> Any:

@@ -43,7 +43,8 @@ class Network(nnx.Module):
 class MLP:
     """MLPs on images or tables: `depth` hidden layers of `width` units. Weights start with variance
     2 / inputs (arXiv:1502.01852), so that deep ones of relu train. With a
-    `base_width` they are under mu-parametrization, and at that width the standard ones.
+    `base_width` they are under mu-parametrization: at that width the standard ones, but for a
+    readout that starts at 0.
     """
 
     data: Dataset | str = "glyphs@8x8"

@@ -81,8 +81,8 @@ class Network(nnx.Module):
 @dataclasses.dataclass(frozen=True)
 class Resnet:
     """Residual networks on images; `blocks` says how many each stage has, `width` how many channels
-    the first. With a `base_width` they are under mu-parametrization, and at that width the standard
-    ones.
+    the first. With a `base_width` they are under mu-parametrization: at that width the standard
+    ones, but for a head that starts at 0.
     """
 
     data: Dataset | str = "digits/held_out"

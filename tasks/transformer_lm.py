@@ -60,7 +60,7 @@ class TransformerLM:
     with `heads` attention heads.
 
     `data` may be a name for `tasks.text.load_text`. With a `base_width` they are
-    under mu-parametrization, and at that width the standard ones.
+    under mu-parametrization: at that width the standard ones, but for a readout that starts at 0.
     """
 
     data: Text | str = "python_docs/meta_train"

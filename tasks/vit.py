@@ -62,8 +62,8 @@ class Network(nnx.Module):
 @dataclasses.dataclass(frozen=True)
 class Vit:
     """Vision transformers on images: `depth` blocks of `width` with `heads` attention heads, on
-    squares of `patch` pixels a side. With a `base_width` they are under mu-parametrization, and at
-    that width the standard ones.
+    squares of `patch` pixels a side. With a `base_width` they are under mu-parametrization: at
+    that width the standard ones, but for a head that starts at 0.
     """
 
     data: Dataset | str = "digits/meta_train"

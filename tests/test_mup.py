@@ -159,6 +159,48 @@ def test_bfloat16_and_extra_arguments_pass_through():
     optimizer = rule.optimizer(rule.init(jax.random.key(0)), 10)
     updates, _ = optimizer.update(params, optimizer.init(params), params, value=1.0)
     assert updates["hidden/kernel"].dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="`value` is required"):
+        optimizer.update(params, optimizer.init(params), params)
+
+
+def test_by_name_it_takes_the_leaves_that_a_partition_leaves_it():
+    params = {"hidden/kernel": jnp.ones((4, 4)), "router": jnp.ones((4, 2)), "bias": jnp.ones(4)}
+    rule = MuP(SmallFC(hidden=2), overrides=(("router", "hidden"),))
+    learned = rule.optimizer(rule.init(jax.random.key(0)))
+    for mine in (("hidden/kernel", "bias"), ()):
+        labels = {name: "learned" if name in mine else "sgd" for name in params}
+        optimizer = optax.partition({"learned": learned, "sgd": optax.sgd(1.0)}, labels)
+        updates, _ = optimizer.update(params, optimizer.init(params), params)
+        np.testing.assert_array_equal(updates["router"], -params["router"])
+        assert ("bias" in mine) == (float(updates["bias"][0]) != -1.0)
+
+
+def test_gradients_stay_as_they_are_where_that_is_asked(tmp_path):
+    """Also of an artifact that is given multipliers: its rule was meta-trained on such gradients."""
+    params, grads = random(0), jax.tree.map(lambda g: 1e-3 * g, random(1))
+    multipliers = mup_multipliers(params, random(0, 0))
+    rule = MuP(SmallFC(hidden=2), scale_gradients=False)
+    theta = rule.init(jax.random.key(0))
+    artifact.save(tmp_path / "a.safetensors", rule, theta, {})
+    bare = MuP(rule.rule, multipliers.step).optimizer(theta)
+    loaded = learned_opt.load(tmp_path / "a.safetensors", multipliers=multipliers)
+    scaled = MuP(rule.rule, multipliers).optimizer(theta)
+    want, got, other = (steps_of(o, [grads], params)[0] for o in (bare, loaded, scaled))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert np.any(np.abs(other["input/bias"] / want["input/bias"] - 1) > 1e-3)
+
+
+def test_traced_multipliers_leave_nothing_behind():
+    params, rule = {"w": jnp.ones((3, 3))}, SmallFC(hidden=2)
+    theta = rule.init(jax.random.key(0))
+
+    @jax.jit
+    def update(scale):
+        optimizer = MuP(rule, Multipliers({"w": scale})).optimizer(theta)
+        return optimizer.update(params, optimizer.init(params), params)[0]["w"]
+
+    twice = update(2.0), jax.jit(update)(np.float32(4.0))
+    np.testing.assert_allclose(2.0 * twice[0], twice[1], rtol=1e-6)
 
 
 def test_exported_it_finds_multipliers_by_name_or_is_given_them(tmp_path):
@@ -202,13 +244,22 @@ def shape(*sizes):
             "w .16, 9. has an ambiguous role: its axes grow 2 and 3 times",
         ),
         ({"w": shape(4, 4)}, None, (), "w .4, 4. has an ambiguous role: its name says nothing"),
-        ({"layers": {"w": shape(4, 2, 8)}}, None, (), "middle axis may be of its inputs"),
+        ({"layers": {"w": shape(4, 2, 8)}}, None, (), "which of its axes are of inputs"),
         ({"w": shape(4, 4, 4)}, {"w": shape(2, 2, 2)}, (), "w .4, 4, 4. grows in 3 axes"),
         ({"w": shape(4, 4)}, {"v": shape(2, 2)}, (), "same model.*only one of them has v, w"),
         ({"w": shape(4, 4)}, {"w": shape(2)}, (), "`base_params` w is .2., `params` .4, 4."),
         ({"w": shape(4, 4)}, {"w": shape(2, 2)}, {"x": "hidden"}, "'x' matches none of the"),
         ({"w": shape(4, 4)}, {"w": shape(2, 2)}, {"w": "hiden"}, "one of vector, input, hidden"),
-        ({"w": shape(4, 4)}, {"w": shape(2, 2)}, {"w": -1.0}, "must be a positive number or one"),
+        ({"w": shape(4, 4)}, {"w": shape(2, 2)}, {"w": -1.0}, "must be a positive number, a pair"),
+        ({"w": shape(4, 4)}, {"w": shape(2, 2)}, {"w": None}, "must be a positive number, a pair"),
+        ({"w": shape(4, 4)}, {"w": shape(2, 2)}, {"(": 1.0}, "is no regular expression"),
+        ({"blocks": {"input": shape(4, 4)}}, None, (), "its name says input and hidden"),
+        ({"layers": {"query": shape(12, 4, 2, 2)}}, None, (), "which count layers"),
+        (
+            {"w": shape(4, 4, 4)}, {"w": shape(2, 2, 2)}, {"w": "hidden"},
+            "w .4, 4, 4. grows in 3 axes.*overrides={'.w.': .0.25, 4.0.}",
+        ),
+        ({"a/b": shape(2), "a": {"b": shape(2)}}, None, (), "leaves of equal path: a/b, a/b"),
     ],
 )  # fmt: skip
 def test_what_is_refused(params, base, overrides, message):
@@ -218,7 +269,8 @@ def test_what_is_refused(params, base, overrides, message):
 
 def test_overrides_say_what_shapes_do_not():
     wide, narrow = {"router": {"kernel": shape(16, 4)}}, {"router": {"kernel": shape(8, 4)}}
-    for override, want in (("readout", (1, 2)), ("hidden", (0.5, 1)), (0.25, (0.25, 1))):
+    cases = {"readout": (1, 2), "hidden": (0.5, 1), 0.25: (0.25, 1), (0.5, 4.0): (0.5, 4.0)}
+    for override, want in cases.items():
         step, gradient = mup_multipliers(wide, narrow, overrides={"router": override})
         assert (step["router"]["kernel"], gradient["router"]["kernel"]) == want
 
@@ -226,10 +278,15 @@ def test_overrides_say_what_shapes_do_not():
 def test_a_rule_is_refused_that_mu_parametrization_would_not_help():
     with pytest.raises(ValueError, match="relative_steps=False"):
         MuP(Velo())
-    with pytest.raises(TypeError, match="`rule` must be a learned optimizer"):
-        MuP(SmallFC)  # pyright: ignore
+    for wrong in (SmallFC, MuP(SmallFC())):
+        with pytest.raises(TypeError, match="`rule` must be a plain learned optimizer"):
+            MuP(wrong)  # pyright: ignore
     with pytest.raises(ValueError, match="`base_width` must be positive"):
         MuP(SmallFC(), base_width=0)
     params = {"a": jnp.ones(3)}
     with pytest.raises(ValueError, match="every leaf of the params, got none for a"):
         mup(optax.sgd(1.0), Multipliers({"b": 1.0})).init(params)
+    with pytest.raises(ValueError, match="every leaf of the params, got an array for a"):
+        mup(optax.sgd(1.0), params).init(params)
+    with pytest.raises(ValueError, match="`base_params` must be of another width"):
+        mup_multipliers({"w": shape(4, 4)}, {"w": shape(4, 4)}, base_width=1)
