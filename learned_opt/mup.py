@@ -133,13 +133,12 @@ class MuP:
         overrides = check_overrides(self.overrides)
 
         def multipliers(tree: base.Params) -> Multipliers:
-            found = self.multipliers
+            found: Any = self.multipliers
             if found is None:
                 found = find(tree, None, self.base_width, overrides)
             found = found(tree) if callable(found) else found
-            if isinstance(found, Multipliers) and not self.scale_gradients:
-                return Multipliers(found.step)
-            return found
+            found = found if isinstance(found, Multipliers) else Multipliers(found)
+            return found if self.scale_gradients else Multipliers(found.step)
 
         optimizer = mup(self.rule.optimizer(theta, horizon), multipliers)
 

@@ -1,6 +1,6 @@
-"""What mu-parametrization multiplies a model's gradients and updates by: numbers for every tensor, by
-the role that it plays when the width grows (arXiv 2203.03466, table 8; for learned optimizers arXiv
-2406.00153).
+"""What mu-parametrization multiplies a model's gradients and updates by: numbers for every tensor,
+by the role that it plays when the width grows (arXiv 2203.03466, table 8; for learned optimizers
+arXiv 2406.00153).
 """
 
 import math
@@ -253,7 +253,7 @@ def _sizes(name: str, shape: Shape, role: str, unit: float) -> tuple[float, floa
     """Numbers of inputs and outputs in units of `unit`. Axes before the last are inputs: the window
     of a convolution and heads that are joined count in full.
     """
-    if not shape:
+    if len(shape) == 0:
         return 1.0, 1.0
     if role == "vector" or len(shape) == 1:
         return 1.0, math.prod(shape) / unit

@@ -176,7 +176,7 @@ def test_by_name_it_takes_the_leaves_that_a_partition_leaves_it():
 
 
 def test_gradients_stay_as_they_are_where_that_is_asked(tmp_path):
-    """Also of an artifact that is given multipliers: its rule was meta-trained on such gradients."""
+    """Also of an artifact that is given multipliers: its rule was meta-trained on such."""
     params, grads = random(0), jax.tree.map(lambda g: 1e-3 * g, random(1))
     multipliers = mup_multipliers(params, random(0, 0))
     rule = MuP(SmallFC(hidden=2), scale_gradients=False)
