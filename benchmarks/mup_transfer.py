@@ -77,7 +77,7 @@ CELLS = (
 
 
 def train(cell: Cell, base_width: int | None, make: Any, hypers: Any, keys: jax.Array) -> Any:
-    small = cell.width <= 256
+    small = cell.width <= 128
     return train_from(
         cell.family(cell.width, base_width), make, hypers, keys,
         steps=cell.steps, evals=1, eval_batches=4, parallel=8 if small else 1,
@@ -127,8 +127,10 @@ def adam(cell: Cell, base_width: int | None, chosen: dict[str, float] | None) ->
     return found | {"chosen": chosen}
 
 
-def run(cell: Cell, mulo: Path, twin: Path, results: dict[str, Any], rows: tuple[str, ...]) -> None:
-    """Adds the cell's missing rows."""
+def run(
+    cell: Cell, mulo: Path, twin: Path, path: Path, results: dict[str, Any], rows: tuple[str, ...]
+) -> None:
+    """Adds the cell's missing rows, and writes the file after each."""
     found = results.setdefault(key_of(cell), {})
     base = next(c for c in CELLS if (c.part, c.model, c.width) == ("width", cell.model, BASE_WIDTH))
     work = {
@@ -141,6 +143,9 @@ def run(cell: Cell, mulo: Path, twin: Path, results: dict[str, Any], rows: tuple
     for row in rows:
         if row not in found:
             found[row] = work[row]()
+            with replacing(path) as file:
+                file.write(json.dumps(results, indent=1).encode())
+            print(key_of(cell), row, flush=True)
 
 
 def key_of(cell: Cell) -> str:
@@ -207,13 +212,11 @@ def main() -> None:
     arguments = parser.parse_args()
     path = arguments.out.with_suffix(".json")
     results = json.loads(path.read_text()) if path.is_file() else {}
-    # those that others take their hyperparameters from come first
-    for cell in sorted(CELLS, key=lambda c: (c.part != "width" or c.width != BASE_WIDTH, c.width)):
+    # those that others take their hyperparameters from come first, and what takes long at the end
+    first = lambda c: c.part == "width" and c.width == BASE_WIDTH  # noqa: E731
+    for cell in sorted(CELLS, key=lambda c: (not first(c), c.model != "mlp", c.part != "width")):
         rows = tuple(row for row in (MUADAM, ADAM, ONCE, MULO, SP) if row in arguments.rows)
-        run(cell, arguments.mulo, arguments.twin, results, rows)
-        with replacing(path) as file:
-            file.write(json.dumps(results, indent=1).encode())
-        print(key_of(cell), flush=True)
+        run(cell, arguments.mulo, arguments.twin, path, results, rows)
     text = "\n\n".join(
         f"{title}:\n\n{table(results, what)}"
         for title, what in (("Mean training loss", "mean"), ("Loss of the last tenth", "last"))
