@@ -153,5 +153,5 @@ EXAMPLES = (MuP(SmallFC(hidden=4), base_width=2, overrides=(("", "hidden"),)),)
 # of arXiv 2406.00153, but with steps and widths relative to networks of width 128
 CONFIGURATIONS = {
     "mulo": MuP(SmallFC(hidden=32), base_width=128),
-    "mu_velo": MuP(Velo(lstm=16, bank=8, step_size=1e-2, relative_steps=False), base_width=128),
+    "mu_velo": MuP(Velo(lstm=16, bank=8, relative_steps=False), base_width=128),
 }

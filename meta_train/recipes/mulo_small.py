@@ -7,7 +7,7 @@ from meta_train.recipes.base import Recipe
 RECIPE = Recipe(
     rule="mulo",
     task="train/mup_widths",
-    estimator="nres(particles=4, sigma=0.01)",
+    estimator="nres(particles=2, sigma=0.01)",
     horizon=(100, 1000),
     truncation=50,
     outer_steps=500,
