@@ -171,13 +171,21 @@ def table(results: dict[str, Any], what: str) -> str:
     return "\n".join(lines)
 
 
+def _widths(results: dict[str, Any], model: str) -> list[Cell]:
+    """The cells of a model's sweep over the width that have results."""
+    cells = [c for c in CELLS if c.part == "width" and c.model == model]
+    return [c for c in cells if results.get(key_of(c))]
+
+
 def plot(results: dict[str, Any]) -> Figure:
     """Mean training loss over the width, a panel per model."""
     styles = dict(zip(ROWS, ("#D55E00", "#0072B2", "#777777", "#009E73", "#000000"), strict=True))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.0 * len(MODELS), 3.8), layout="constrained")
-        for panel, model in zip(figure.subplots(1, len(MODELS)), MODELS, strict=True):
-            cells = [c for c in CELLS if c.part == "width" and c.model == model]
+        swept = {model: _widths(results, model) for model in MODELS}
+        swept = {model: cells for model, cells in swept.items() if len(cells) > 1}
+        figure = Figure(figsize=(max(8.0, 4.0 * len(swept)), 3.8), layout="constrained")
+        panels = figure.subplots(1, len(swept), squeeze=False)[0]
+        for panel, (model, cells) in zip(panels, swept.items(), strict=True):
             for row, colour in styles.items():
                 known = [c for c in cells if row in results.get(key_of(c), {})]
                 losses = np.array([results[key_of(c)][row]["mean"] for c in known])

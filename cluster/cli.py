@@ -194,7 +194,7 @@ class Coordcheck:
     Example: learned-opt coordcheck mulo --model transformer --widths 64,128,...,512
     """
 
-    optimizer: Annotated[str, tyro.conf.Positional]
+    name: Annotated[str, tyro.conf.Positional]
     """A rule, with or without fields, an artifact (file or name) or a baseline ("adam")."""
     model: str = "mlp"
     """mlp, transformer, vit or resnet, or a task family with `width` and `base_width` and its
@@ -220,7 +220,7 @@ class Coordcheck:
         from cluster import coordcheck
 
         passed = coordcheck.run(
-            self.optimizer,
+            self.name,
             self.model,
             self.widths,
             self.base_width,

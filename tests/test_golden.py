@@ -135,7 +135,7 @@ def test_small_fc_follows_the_published_trajectory(mode, tag, problem):
 
 MULO = trajectories.GOLDEN / "mulo.npz"
 # the fixture's own; those of all other leaves are 1
-STEPS = {"mlp/~/linear_1|w": 0.25, "conv|w": 0.125, "scale|s": 0.5}
+MULTIPLIERS = {"mlp/~/linear_1|w": 0.25, "conv|w": 0.125, "scale|s": 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ class MuSmallFC:
     clip: bool
 
     def optimizer(self, theta, horizon):
-        multipliers = lambda params: {name: STEPS.get(name, 1.0) for name in params}  # noqa: E731
+        multipliers = lambda params: {name: MULTIPLIERS.get(name, 1.0) for name in params}  # noqa: E731
         optimizer = MuP(SmallFC(step_size=self.step_size), multipliers).optimizer(theta, horizon)
         clip = optax.clip_by_global_norm(1.0) if self.clip else optax.identity()
         return optax.with_extra_args_support(optax.chain(clip, optimizer))
