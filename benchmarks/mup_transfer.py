@@ -207,7 +207,8 @@ def plot(results: dict[str, Any]) -> Figure:
             panel.set_xlabel("width (shaded: widths of meta-training)")
         figure.axes[0].set_ylabel("mean training loss")
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+        columns = 5 if len(swept) > 2 else 3
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
