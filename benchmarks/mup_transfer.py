@@ -152,21 +152,25 @@ def key_of(cell: Cell) -> str:
     return f"{cell.part} {cell.model} width {cell.width} depth {cell.depth} steps {cell.steps}"
 
 
-def table(results: dict[str, Any], what: str) -> str:
-    """Markdown: mean over seeds, and their standard error; how many of the runs diverged."""
-    lines = [f"| model | width | depth | steps | {' | '.join(ROWS)} |"]
+def table(results: dict[str, Any]) -> str:
+    """Markdown: the mean over seeds, its standard error, in brackets the mean loss of the last
+    tenth, and how many of the runs diverged.
+    """
+    lines = [f"| network | width | depth | steps | {' | '.join(ROWS)} |"]
     lines.append("|" + "---|" * (4 + len(ROWS)))
     for cell in CELLS:
-        found = results.get(key_of(cell), {})
+        if not (found := results.get(key_of(cell))):
+            continue
         cells = [cell.model, cell.width, cell.depth, f"{cell.steps:,}"]
         for row in ROWS:
             if row not in found:
                 cells.append("-")
                 continue
-            values = np.array(found[row][what])
+            values = np.array(found[row]["mean"])
             error = values.std(ddof=1) / math.sqrt(len(values))
             lost = f", {found[row]['diverged']} diverged" if found[row]["diverged"] else ""
-            cells.append(f"{values.mean():.3f} ± {error:.3f}{lost}")
+            last = np.mean(found[row]["last"])
+            cells.append(f"{values.mean():.3f} ± {error:.3f} ({last:.3f}{lost})")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -226,10 +230,7 @@ def main() -> None:
     for cell in sorted(CELLS, key=lambda c: (not first(c), c.model != "mlp", c.part != "width")):
         rows = tuple(row for row in (MUADAM, ADAM, ONCE, MULO, SP) if row in arguments.rows)
         run(cell, arguments.mulo, arguments.twin, path, results, rows)
-    text = "\n\n".join(
-        f"{title}:\n\n{table(results, what)}"
-        for title, what in (("Mean training loss", "mean"), ("Loss of the last tenth", "last"))
-    )
+    text = table(results)
     print(text)
     arguments.out.with_suffix(".md").write_text(text + "\n")
     save_png(plot(results), arguments.out.with_suffix(".png"))

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from evaluation.plots import STYLE
-from tasks.base import Key, TaskFamily, behind, classes, train_step
+from tasks.base import Key, TaskFamily, behind, train_step
 
 
 class Coordinates(NamedTuple):
@@ -54,7 +54,9 @@ def measure(
     keys = jax.vmap(lambda seed: jax.random.fold_in(key, seed))(jnp.arange(seeds))
     measured, sizes = [], []
     for width, family in families.items():
-        program = _program(classes(family), make_optimizer(width))
+        # a jit of its own, see `tasks.base.classes`
+        train = functools.partial(_train, make_optimizer(width))
+        program = jax.jit(train, static_argnames="steps")
         found, units = program(family, keys, steps=steps)
         measured.append(jax.tree.map(lambda x: np.mean(np.asarray(x, np.float64), axis=0), found))
         sizes.append(jax.tree.map(int, units))
@@ -66,12 +68,6 @@ def measure(
     if not any(hidden.values()):
         raise ValueError("`families` must have layers that grow with the width, got none")
     return Coordinates(tuple(families), changes, hidden, updates, losses)
-
-
-def _program(family_classes: tuple, optimizer: optax.GradientTransformation) -> Any:
-    """A jit of its own, see `tasks.base.classes`."""
-    del family_classes
-    return jax.jit(functools.partial(_train, optimizer), static_argnames="steps")
 
 
 def _train(optimizer, family, keys, *, steps):

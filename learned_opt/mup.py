@@ -54,8 +54,7 @@ def mup(
     inner = optax.with_extra_args_support(optimizer)
 
     def of(tree: base.Params) -> Multipliers:
-        found = multipliers(tree) if callable(multipliers) else multipliers
-        found = found if isinstance(found, Multipliers) else Multipliers(found)
+        found = _of(multipliers, tree)
         for what, scales in zip(found._fields, found, strict=True):
             numbers = None if scales is None else leaves(scales)
             for name in leaves(tree):
@@ -77,6 +76,12 @@ def mup(
         return _times(updates, step), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _of(multipliers: Any, tree: base.Params) -> Multipliers:
+    """The forms that `mup` takes them in, as one."""
+    found = multipliers(tree) if callable(multipliers) else multipliers
+    return found if isinstance(found, Multipliers) else Multipliers(found)
 
 
 def _times(tree: Any, scales: Any) -> Any:
@@ -133,11 +138,10 @@ class MuP:
         overrides = check_overrides(self.overrides)
 
         def multipliers(tree: base.Params) -> Multipliers:
-            found: Any = self.multipliers
-            if found is None:
+            if self.multipliers is None:
                 found = find(tree, None, self.base_width, overrides)
-            found = found(tree) if callable(found) else found
-            found = found if isinstance(found, Multipliers) else Multipliers(found)
+            else:
+                found = _of(self.multipliers, tree)
             return found if self.scale_gradients else Multipliers(found.step)
 
         optimizer = mup(self.rule.optimizer(theta, horizon), multipliers)

@@ -27,7 +27,7 @@ NAMES = {
     "hidden": r"(^|/)(hidden|blocks?|layers?)(_?\d+)?(/|$)",
     "readout": r"(^|/)(readout|head|lm_head|logits)(/|$)",
 }
-OF_READOUT = r"(^|/)(readout|head|lm_head|logits)/[^/]+$"
+OF_READOUT = NAMES["readout"].removesuffix("(/|$)") + r"/[^/]+$"
 SPLITS_HEADS = r"(^|/)(query|key|value)(/|$)"  # [inputs, heads, size of a head]
 JOINS_HEADS = r"(^|/)out(/|$)"  # [heads, size of a head, outputs]
 
