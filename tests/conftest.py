@@ -28,6 +28,16 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="session")
+def ray_home(tmp_path_factory):
+    """Where Ray writes its authentication token: one home for all tests of a process, as Ray reads
+    the token once per process and a cluster of another home would find none.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _programs_end_with_their_module():
     """Compiled programs are most of what a test process holds: gigabytes, by the end."""

@@ -44,12 +44,9 @@ MIXTURE = dataclasses.replace(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster(tmp_path_factory):
-    """One for all tests, with nominal cores for all workers that may live at a time. Ray writes its
-    authentication token to the home directory.
-    """
+def cluster(ray_home):
+    """One for all tests, with nominal cores for all workers that may live at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("XLA_FLAGS", "")
         assert connect(None, cpus=8)
         assert not connect(None, cpus=8)

@@ -24,10 +24,8 @@ BASELINES = ["sgd_momentum", "schedule_free_sgd", "polyak_sgd"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ray_home(tmp_path_factory):
-    """Ray writes its authentication token to the home directory."""
+def environment(ray_home):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
         yield
 
