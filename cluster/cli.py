@@ -17,9 +17,10 @@ from cluster.console import console
 from cluster.devices import one_per_core
 from learned_opt import discovery
 from meta_train.recipes.base import Recipe
+from meta_train.search.recipe import SearchRecipe
 from tasks.data import cache_directory
 
-DEFAULT = Recipe()
+DEFAULT, SEARCH = Recipe(), SearchRecipe()
 
 
 def recipes() -> dict[str, Recipe]:
@@ -74,6 +75,53 @@ class MetaTrain:
         console.print(
             f"exported {path}\n"
             f"judge it: learned-opt evaluate --optimizer {path} --out-dir {self.run_dir}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Search for an optimizer as a program: from AdamW, one changed statement after another.
+
+    The run directory gets config.json, journal.jsonl, metrics.jsonl, best.py, theta.safetensors and
+    report.html. The same command with --resume goes on where the last checkpoint was, and ends as
+    if it had never stopped.
+
+    Example: learned-opt search --run-dir runs/found --evaluated 25000 --workers 2
+    """
+
+    run_dir: Path
+    """Directory of the run: new, empty, or with --resume."""
+    settings: Annotated[SearchRecipe, tyro.conf.arg(name="")] = SEARCH
+    workers: int = 0
+    """Ray workers of one core each; 0 runs in this process, without Ray."""
+    address: str | None = None
+    """Ray cluster to join, "auto" or host:port; None starts the workers on this machine."""
+    asynchronous: bool = False
+    """Let no worker wait for another: for clusters. The result then depends on their timing."""
+    metaval: str = "metaval/small"
+    """Tasks of the funnel at the end, by which the program is chosen: a suite, or one family."""
+    metaval_steps: int = 500
+    """Training steps of a run on these; the last stage takes four times as many."""
+    resume: bool = False
+    """Go on with the run in --run-dir, by the recipe it was started with."""
+
+    def run(self) -> None:
+        from cluster import search
+
+        path = search.run(
+            self.settings,
+            self.run_dir,
+            workers=self.workers,
+            address=self.address,
+            resume=self.resume,
+            asynchronous=self.asynchronous,
+            metaval=self.metaval,
+            metaval_steps=self.metaval_steps,
+        )
+        console.print(
+            f"exported {path}\n"
+            f"judge it: learned-opt evaluate --optimizer {path} --out-dir {self.run_dir}\n"
+            f'tune its numbers: learned-opt meta-train --rule "symbolic(...)", see docs/search.md'
         )
 
 
@@ -312,6 +360,7 @@ class Show:
 COMMANDS = {
     "quickstart": Quickstart,
     "meta-train": MetaTrain,
+    "search": Search,
     "evaluate": Evaluate,
     "report": Report,
     "cost": Cost,
@@ -343,9 +392,9 @@ def _parser(arguments: list[str]) -> Any:
     return union
 
 
-def _asks_for_recipe(arguments: list[str]) -> bool:
-    """Whether an option says what to meta-train, rather than where and how."""
-    fields = [field.name.replace("_", "-") for field in dataclasses.fields(Recipe)]
+def _asks_for_recipe(arguments: list[str], kind: type) -> bool:
+    """Whether an option says what to do, rather than where and how."""
+    fields = [field.name.replace("_", "-") for field in dataclasses.fields(kind)]
     flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
     return bool(flags & {f"--{name}" for name in ("recipe", *fields)})
 
@@ -366,12 +415,13 @@ def main(arguments: list[str] | None = None) -> None:
             description="Meta-train, export and judge learned optimizers.",
             args=arguments,
         )
-        if isinstance(command, MetaTrain) and command.resume and not _asks_for_recipe(arguments):
+        resumes = isinstance(command, MetaTrain | Search) and command.resume
+        if resumes and not _asks_for_recipe(arguments, type(command.settings)):
             command = dataclasses.replace(command, settings=None)  # that of the run
         command.run()
     except KeyboardInterrupt:
         hint = ""
-        if isinstance(command, (MetaTrain, Quickstart)):
+        if isinstance(command, (MetaTrain, Quickstart, Search)):
             where = command.run_dir
             hint = f" The last complete step is kept; go on with --resume --run-dir {where}."
         if isinstance(command, Evaluate):

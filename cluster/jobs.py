@@ -135,6 +135,17 @@ def _available_bytes(workers: int, address: str | None) -> int | None:
     return available_bytes(jax.local_devices(backend="cpu") if workers else jax.local_devices())
 
 
+def provenance() -> dict[str, Any]:
+    """What every card says of where and with what it was made."""
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
+        "code": {
+            name: importlib.metadata.version(name) for name in ("learned-opt", "jax", "optax")
+        },
+        "licence": "Apache-2.0",
+    }
+
+
 def export(directory: Path, recipe: Recipe, state: MetaState, path: Path) -> Path:
     """Writes the run's theta as an artifact whose card says how it was made."""
     metrics = run_directory.read_metrics(directory)
@@ -147,11 +158,7 @@ def export(directory: Path, recipe: Recipe, state: MetaState, path: Path) -> Pat
         "inner_steps": (int(state.step) + recipe.burn_in) * per_step,
         "meta_loss": sum(losses) / len(losses) if losses else None,
         "seconds": metrics[-1]["seconds"] if metrics else None,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
-        "code": {
-            name: importlib.metadata.version(name) for name in ("learned-opt", "jax", "optax")
-        },
-        "licence": "Apache-2.0",
+        **provenance(),
     }
     learned_opt.save(path, recipe.build_rule(), state.theta, card)
     return path

@@ -8,12 +8,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 
 from evaluation.atomic import replacing
 from meta_train.recipes.base import Recipe
+from meta_train.search.recipe import SearchRecipe
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -24,8 +25,13 @@ REPORT = "report.html"
 EVENTS = "tensorboard"
 
 
-def choose_recipe(directory: Path, asked: Recipe | None, resume: bool) -> Recipe:
-    """The recipe to run: `asked`, or that of the run in the directory when `resume`.
+AnyRecipe = TypeVar("AnyRecipe", Recipe, SearchRecipe)
+
+
+def choose_recipe(
+    directory: Path, asked: AnyRecipe | None, resume: bool, kind: type[AnyRecipe] = Recipe
+) -> AnyRecipe:
+    """What to run: `asked`, or that of the run in the directory when `resume`.
 
     A run that is resumed keeps its recipe; `asked` must then be None or the same. Writes nothing.
 
@@ -35,14 +41,14 @@ def choose_recipe(directory: Path, asked: Recipe | None, resume: bool) -> Recipe
     """
     occupied = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
     if not occupied:
-        return asked or Recipe()
+        return asked or kind()
     if not resume:
         raise FileExistsError(
             f"`run_dir` {directory} exists and is not empty: choose another, or add --resume"
         )
     if not (directory / CONFIG).is_file():
         raise ValueError(f"`run_dir` {directory} is not empty and holds no run (no {CONFIG})")
-    saved = read_recipe(directory)
+    saved = read_recipe(directory, kind)
     if asked not in (None, saved):
         changed = [
             f"{name}: {old!r} in the run, {new!r} asked for"
@@ -57,7 +63,7 @@ def choose_recipe(directory: Path, asked: Recipe | None, resume: bool) -> Recipe
 
 
 @contextmanager
-def opened(directory: Path, recipe: Recipe) -> Iterator[None]:
+def opened(directory: Path, recipe: Recipe | SearchRecipe) -> Iterator[None]:
     """Makes the directory with its config.json where it is missing, and holds it for one process.
 
     Raises:
@@ -88,7 +94,7 @@ def check_writable(argument: str, path: Path) -> None:
         raise PermissionError(f"`{argument}` {path} cannot be written in {nearest}")
 
 
-def read_recipe(directory: Path) -> Recipe:
+def read_recipe(directory: Path, kind: type[AnyRecipe] = Recipe) -> AnyRecipe:
     """The recipe of a run.
 
     Raises:
@@ -99,7 +105,7 @@ def read_recipe(directory: Path) -> Recipe:
     if not config.is_file():
         raise FileNotFoundError(f"`run_dir` {directory} holds no run: there is no {CONFIG} in it")
     try:
-        return Recipe.from_json(config.read_text())
+        return kind.from_json(config.read_text())
     except (TypeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{config} is not a recipe of this version: {error}") from None
 

@@ -54,6 +54,31 @@ def _random(
     return _transformation(lambda params: jax.random.key_data(key), update)
 
 
+def scaled(scale: jax.Array) -> optax.GradientTransformation:
+    """Multiplies every leaf."""
+    return _transformation(
+        lambda params: optax.EmptyState(),
+        lambda grads, state: (jax.tree.map(lambda g: scale * g, grads), state),
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScaledGradients:
+    """Family -> family whose gradients are those of a loss `scale` times as large, log-uniform."""
+
+    family: TaskFamily
+    scale: tuple[float, float] = dataclasses.field(default=(0.01, 100.0), metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        check_range("scale", self.scale)
+
+    def __call__(self, key: Key) -> AugmentedTask:
+        key_task, key_scale = jax.random.split(key)
+        drawn = jnp.asarray(log_uniform(key_scale, self.scale))
+        return AugmentedTask(self.family(key_task), drawn, Change(gradients=scaled))
+
+
 class Noise(NamedTuple):
     key: Key
     scale: jax.Array
@@ -220,6 +245,7 @@ class RandomDirections:
 
 _FAMILY = ImageMLP(data=synthetic(), hidden=(4,), batch_size=16)
 EXAMPLES = (
+    ScaledGradients(_FAMILY),
     GradientNoise(_FAMILY, (0.01, 0.5)),
     DelayedGradients(_FAMILY, (1, 3)),
     NormalizedGradients(_FAMILY),

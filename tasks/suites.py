@@ -25,6 +25,7 @@ from tasks.gradient_augment import (
     GradientNoise,
     NormalizedGradients,
     RandomDirections,
+    ScaledGradients,
 )
 from tasks.haiku_mlp import HaikuMLP
 from tasks.image_mlp import ImageMLP
@@ -115,6 +116,25 @@ def _train_widths(base_width: int | None) -> Suite:
     return {f"glyphs_mlp_{w}": MLP("glyphs@8x8", w, base_width=base_width) for w in WIDTHS}
 
 
+def _train_proxies() -> Suite:
+    """For the search of programs: some 800 params each, and gradients of all sizes, noisy and
+    ill-conditioned, as an easy task tells optimizers apart by their learning rate only.
+    """
+    noisy = {"label_noise": (0.1, 0.1)}
+    relu, tanh = Dynamic(("relu",), **noisy), Dynamic(("tanh",), **noisy)
+    small = TabularMLP("teacher", hidden=(16, 16), batch_size=32, dynamic=tanh)
+    return {
+        "teacher_mlp": TabularMLP("teacher", hidden=(24,), dynamic=relu),
+        "teacher_mlp_small_gradients": ScaledGradients(small, (0.02, 0.02)),
+        "digits_mlp_large_gradients": ScaledGradients(
+            ImageMLP("digits", hidden=(12,), batch_size=32, dynamic=relu), (50.0, 50.0)
+        ),
+        "friedman_mlp_noisy_gradients": GradientNoise(
+            TabularMLP("friedman", hidden=(24,), dynamic=Dynamic(("relu",))), (1.0, 1.0)
+        ),
+    }
+
+
 def _metaval_small() -> Suite:
     return {
         "petals_mlp": ImageMLP("petals@8x8", hidden=(48, 32), dynamic=Dynamic()),
@@ -150,6 +170,21 @@ def _heldout_small() -> Suite:
     }
 
 
+def _heldout_proxies() -> Suite:
+    """For programs that were found on train/proxies: other families, initial params and sizes of
+    gradients.
+    """
+    waveform = TabularMLP("waveform", hidden=(20, 20), dynamic=Dynamic(("silu",), (2.0, 2.0)))
+    return {
+        "waveform_mlp_small_gradients": ScaledGradients(waveform, (0.003, 0.003)),
+        "runes_conv_large_gradients": ScaledGradients(
+            ConvNet("runes@8x8", channels=(8, 12), batch_size=32), (300.0, 300.0)
+        ),
+        "flower_autoencoder": Autoencoder("flower", (24, 8, 24), batch_size=32),
+        "code_gru": RnnLM("python_code", "gru", embed=8, hidden=16, length=12, batch_size=8),
+    }
+
+
 def _heldout_wide() -> Suite:
     return {
         "runes_mlp_512": ImageMLP("runes", hidden=(512, 512), dynamic=Dynamic()),
@@ -170,11 +205,13 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "train/quick": _train_quick,
     "train/fast": _train_fast,
     "train/diverse": _train_diverse,
+    "train/proxies": _train_proxies,
     "train/widths": functools.partial(_train_widths, None),
     "train/mup_widths": functools.partial(_train_widths, 128),
     "metaval/small": _metaval_small,
     "heldout/quick": _heldout_quick,
     "heldout/small": _heldout_small,
+    "heldout/proxies": _heldout_proxies,
     "heldout/wide": _heldout_wide,
 }
 

@@ -23,6 +23,7 @@ from tasks.gradient_augment import (
     Noise,
     NormalizedGradients,
     RandomDirections,
+    ScaledGradients,
     along_directions,
     delayed,
     normalized,
@@ -216,6 +217,17 @@ def test_gradients_go_through_the_inner_transformation_first():
     np.testing.assert_allclose(norms[0], 1, rtol=1e-5)
     # as much noise as a quarter of every leaf's squares
     within_four_errors(np.square(norms[1]), 1.25)
+
+
+def test_scaled_gradients_are_those_of_a_larger_loss():
+    task = ScaledGradients(composite, (20.0, 20.0))(KEY)
+    state = task.gradients.init(GRADS)
+    got, _ = task.gradients.update(GRADS, state)
+    jax.tree.map(lambda g, x: np.testing.assert_allclose(g, 20.0 * x, rtol=1e-6), got, GRADS)
+    between = ScaledGradients(composite, (0.1, 10.0))
+    logs = np.log10([between(key).drawn for key in jax.random.split(KEY, 64)])
+    assert -1 <= logs.min() < logs.max() <= 1
+    assert abs(logs.mean()) < 4 * (2 / np.sqrt(12)) / 8  # uniform in the logarithm
 
 
 def test_counts_are_log_uniform():

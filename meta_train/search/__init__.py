@@ -1,0 +1,1 @@
+"""Search for optimizers as programs (arXiv 2302.06675)."""

@@ -1,0 +1,191 @@
+"""Changes of one statement of a program, as arXiv 2302.06675 makes them, but proposed by kind: a
+draw is nearly always a valid program.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from learned_opt.symbolic.analysis import INPUT_KINDS, Kind, KindError, check, kind_of
+from learned_opt.symbolic.operators import OPERATORS
+from learned_opt.symbolic.program import Argument, Program, ProgramError, Statement
+
+NAMES = tuple(OPERATORS)
+ATTEMPTS = 200
+LARGEST = 1e10  # of constants
+Scope = dict[str, Kind]  # the variables that a statement may read
+
+
+class Mutation(NamedTuple):
+    """What was done: with the parent it gives the child.
+
+    `statement` is that which stands at `index` afterwards; None if one was deleted.
+    """
+
+    change: Literal["insert", "delete", "modify"]
+    index: int
+    statement: Statement | None
+
+    def __str__(self) -> str:
+        return f"{self.change} {self.index}" + (f": {self.statement}" if self.statement else "")
+
+
+def apply(program: Program, mutation: Mutation) -> Program:
+    new = () if mutation.statement is None else (mutation.statement,)
+    before, index = program.statements, mutation.index
+    return Program((*before[:index], *new, *before[index + (mutation.change != "insert") :]))
+
+
+def scope(program: Program, index: int) -> Scope:
+    """What statement `index` may read."""
+    current = dict(INPUT_KINDS)
+    for statement in program.statements[:index]:
+        kinds = tuple(
+            current[a] if isinstance(a, str) else Kind.SCALAR for a in statement.arguments
+        )
+        current[statement.target] = kind_of(statement.operator, kinds)
+    return current
+
+
+def admissible(operator: str, position: int, variables: Scope) -> list[str]:
+    """Variables that an argument may be, the others apart."""
+    scalar = position in OPERATORS[operator].scalars
+    return [name for name, kind in variables.items() if not scalar or kind == Kind.SCALAR]
+
+
+def targets(variables: Scope) -> list[str]:
+    """What a statement may assign: what there is, or one new name."""
+    fresh = next(name for i in range(len(variables) + 1) if (name := f"x{i}") not in variables)
+    return [*variables, *(["update"] if "update" not in variables else []), fresh]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutator:
+    """Draws changes.
+
+    Args:
+      most_statements: with so many, none is inserted.
+      constants: share of the changes that move a constant and nothing else.
+      only_constants: no other change.
+      p_constant: that a drawn argument is a new constant.
+    """
+
+    most_statements: int = 30
+    constants: float = 0.3
+    only_constants: bool = False
+    p_constant: float = 0.25
+
+    def __call__(self, program: Program, random: np.random.Generator) -> tuple[Mutation, int]:
+        """A change that leaves the program valid, and how many were drawn that did not.
+
+        Raises:
+          ProgramError: none was found, as of a program without constants when only these may
+            change.
+        """
+        for failed in range(ATTEMPTS):
+            try:
+                mutation = self.propose(program, random)
+                if mutation is not None:
+                    check(apply(program, mutation))
+                    return mutation, failed
+            except KindError:
+                continue
+        raise ProgramError(f"no valid change was found in {ATTEMPTS} draws")
+
+    def propose(self, program: Program, random: np.random.Generator) -> Mutation | None:
+        """A change that may be invalid, None if there was none of the kind that was drawn."""
+        if self.only_constants or random.random() < self.constants:
+            return _rescaled(program, random)
+        change = random.choice(("insert", "delete", "modify"))
+        length = len(program.statements)
+        if length >= self.most_statements if change == "insert" else not length:
+            return None
+        if change == "insert":
+            index = int(random.integers(length + 1))
+            return Mutation("insert", index, self.statement(scope(program, index), random))
+        index = int(random.integers(length))
+        if change == "delete":
+            return Mutation("delete", index, None)
+        return self._modified(program, index, random)
+
+    def _modified(
+        self, program: Program, index: int, random: np.random.Generator
+    ) -> Mutation | None:
+        statement = program.statements[index]
+        if not statement.arguments:
+            return None
+        position = int(random.integers(len(statement.arguments)))
+        argument = self._argument(statement.operator, position, scope(program, index), random)
+        return Mutation("modify", index, _replaced(statement, position, argument))
+
+    def statement(self, variables: Scope, random: np.random.Generator) -> Statement:
+        """Any, of variables that may be read."""
+        operator = NAMES[random.integers(len(NAMES))]
+        arguments = tuple(
+            self._argument(operator, position, variables, random)
+            for position in range(OPERATORS[operator].arity)
+        )
+        return Statement(_one_of(targets(variables), random), operator, arguments)
+
+    def _argument(
+        self, operator: str, position: int, variables: Scope, random: np.random.Generator
+    ) -> Argument:
+        known = admissible(operator, position, variables)
+        if not known or random.random() < self.p_constant:
+            return float(random.normal())
+        return _one_of(known, random)
+
+
+def _rescaled(program: Program, random: np.random.Generator) -> Mutation | None:
+    """A constant times 2 ** N(0, 1); half of the time, if it lies in (0, 1), it is its distance
+    from 1 that is multiplied: decays.
+    """
+    found = [
+        (index, position)
+        for index, statement in enumerate(program.statements)
+        for position, argument in enumerate(statement.arguments)
+        if isinstance(argument, float)
+    ]
+    if not found:
+        return None
+    index, position = found[random.integers(len(found))]
+    statement = program.statements[index]
+    value, factor = statement.arguments[position], float(2.0 ** random.normal())
+    assert isinstance(value, float)
+    if 0.0 < value < 1.0 and random.random() < 0.5:
+        moved = 1.0 - (1.0 - value) * factor
+    else:
+        moved = float(np.clip(value * factor, -LARGEST, LARGEST))
+    return Mutation("modify", index, _replaced(statement, position, moved))
+
+
+def _replaced(statement: Statement, position: int, argument: Argument) -> Statement:
+    arguments = list(statement.arguments)
+    arguments[position] = argument
+    return dataclasses.replace(statement, arguments=tuple(arguments))
+
+
+def _one_of(choices: list[str], random: np.random.Generator) -> str:
+    return choices[random.integers(len(choices))]
+
+
+def random_program(mutator: Mutator, random: np.random.Generator) -> tuple[Program, int]:
+    """A valid program of 3 to `most_statements` random statements, and how many were drawn that are
+    not.
+
+    Raises:
+      ProgramError: none was found.
+    """
+    for failed in range(ATTEMPTS):
+        statements: list[Statement] = []
+        length = int(random.integers(3, max(3, mutator.most_statements) + 1))
+        try:
+            for index in range(length):
+                variables = scope(Program(tuple(statements)), index)
+                statements.append(mutator.statement(variables, random))
+            check(Program(tuple(statements)))
+        except KindError:
+            continue
+        return Program(tuple(statements)), failed
+    raise ProgramError(f"no valid program was found in {ATTEMPTS} draws")

@@ -1,0 +1,143 @@
+"""The small tasks on which programs are tried: every program starts from the same params and meets
+the same batches, drawn once, and stops when it is lost.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from learned_opt.symbolic import machine
+from learned_opt.symbolic.program import Program
+from learned_opt.symbolic.rule import cosine
+from meta_train.recipes.base import families
+from tasks.base import Key, TaskFamily, behind, classes, train_step
+
+WORST = 2.0  # normalised loss, that of NaN
+LEAST = 1e-3
+CHUNK = 25  # steps between looks at whether a run is lost
+CAPACITY = 40  # statements
+
+
+@dataclasses.dataclass(frozen=True)
+class Proxies:
+    """Tasks to try programs on, as plain values.
+
+    Args:
+      tasks: a suite, or a task family with its fields.
+      steps: of every run, along a cosine from 1 to 0.
+      seeds: runs on every task, from other initial params with other batches.
+      first_seed: of them.
+      valid_batches: on which the loss after the run is taken.
+    """
+
+    tasks: str = "train/proxies"
+    steps: int = 200
+    seeds: int = 1
+    first_seed: int = 0
+    valid_batches: int = 16
+
+    def __post_init__(self):
+        for name in ("steps", "seeds", "valid_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if not families(self.tasks):
+            raise ValueError(f"`tasks` {self.tasks} holds no task: there is nothing to try on")
+
+
+class Trial(NamedTuple):
+    """All that a run needs besides the program."""
+
+    task: Any
+    params: Any
+    batches: Any  # [steps, ...]
+    valid: Any  # [valid_batches, ...]
+
+
+class Outcome(NamedTuple):
+    loss: jax.Array  # normalised, on `valid`, after the run; 2 for a run that was lost
+    steps: jax.Array  # taken
+
+
+class Runs:
+    """Runs of any program on the proxies. Compiles a program for every task, once."""
+
+    def __init__(self, proxies: Proxies):
+        self.names, self._runs = [], []
+        for name, family in families(proxies.tasks).items():
+            program = _program(jax.default_backend(), classes(family), proxies.steps)
+            for seed in range(proxies.first_seed, proxies.first_seed + proxies.seeds):
+                key = jax.random.fold_in(jax.random.key(0), seed)
+                trial = prepare(family, key, proxies.steps, proxies.valid_batches)
+                self.names.append(f"{name}/{seed}" if proxies.seeds > 1 else name)
+                self._runs.append(functools.partial(program, trial))
+
+    def __call__(self, program: Program) -> np.ndarray:
+        """[tasks * seeds] normalised losses after training, in [0, 2]."""
+        code = machine.encode(program, CAPACITY)
+        outcomes = [run(code) for run in self._runs]
+        return np.array([float(outcome.loss) for outcome in outcomes])
+
+
+def score(losses: np.ndarray, reference: np.ndarray) -> float:
+    """Mean log ratio to the reference's losses: -0.05 is 5% less loss."""
+    floor = functools.partial(np.maximum, LEAST)
+    return float(np.mean(np.log(floor(losses)) - np.log(floor(reference))))
+
+
+def prepare(family: TaskFamily, key: Key, steps: int, valid_batches: int) -> Trial:
+    """Draws what `evaluation.curve` would from the same key, once for all programs."""
+
+    @jax.jit
+    def draw(family: TaskFamily, key: Key) -> Trial:
+        task_key, init_key, batch_key, eval_key = jax.random.split(key, 4)
+        task = family(task_key)
+        fold = jax.vmap(lambda t: jax.random.fold_in(batch_key, t))
+        train = jax.vmap(functools.partial(task.batch, split="train"))
+        valid = jax.vmap(functools.partial(task.batch, split="valid"))
+        keys = jax.random.split(jax.random.fold_in(eval_key, 0), valid_batches)
+        return Trial(task, task.init(init_key), train(fold(jnp.arange(steps))), valid(keys))
+
+    return draw(family, key)
+
+
+@functools.lru_cache(maxsize=64)
+def _program(backend: str, family_classes: tuple, steps: int):
+    """A jit for each family's classes, see `tasks.base.classes`."""
+    del backend, family_classes
+    return jax.jit(functools.partial(_run, steps=steps))
+
+
+def _run(trial: Trial, code: machine.Code, *, steps: int) -> Outcome:
+    task = trial.task
+    optimizer = behind(task, machine.optimizer(code, cosine(steps)))
+    untrained = task.normalize(task.loss(trial.params, jax.tree.map(lambda x: x[0], trial.batches)))
+    limit = 1.02 * untrained + 0.05
+
+    def step(t: jax.Array, carry: Any) -> Any:
+        params, state, total = carry
+        batch = jax.tree.map(lambda x: x[t], trial.batches)
+        params, state, loss = train_step(task, optimizer, params, state, batch)
+        return params, state, total + task.normalize(loss)
+
+    def chunk(carry: Any) -> Any:
+        first, _, params, state = carry
+        last = jnp.minimum(first + CHUNK, steps)
+        params, state, total = jax.lax.fori_loop(first, last, step, (params, state, jnp.zeros(())))
+        return last, total / (last - first) > limit, params, state
+
+    def goes_on(carry: Any) -> jax.Array:
+        return (carry[0] < steps) & ~carry[1]
+
+    start = (
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((), bool),
+        trial.params,
+        optimizer.init(trial.params),
+    )
+    taken, lost, params, _ = jax.lax.while_loop(goes_on, chunk, start)
+    losses = jax.lax.map(lambda batch: task.loss(params, batch), trial.valid)
+    return Outcome(jnp.where(lost, WORST, task.normalize(jnp.mean(losses))), taken)
