@@ -120,8 +120,7 @@ class Search:
         )
         console.print(
             f"exported {path}\n"
-            f"judge it: learned-opt evaluate --optimizer {path} --out-dir {self.run_dir}\n"
-            f'tune its numbers: learned-opt meta-train --rule "symbolic(...)", see docs/search.md'
+            f"judge it: learned-opt evaluate --optimizer {path} --out-dir {self.run_dir}/evaluation"
         )
 
 

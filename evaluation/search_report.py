@@ -32,6 +32,7 @@ REDUNDANT = {
 }
 HOW = {
     "start": "first program",
+    "restart": "restart without dead code",
     "evaluated": "tried",
     "structural": "dataflow seen before",
     "functional": "updates seen before",

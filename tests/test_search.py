@@ -175,7 +175,7 @@ def test_evolution_finds_better_programs_than_it_starts_from():
     first, again = (evaluator.losses(x.program) for x in (search.first, search.best))
     np.testing.assert_allclose(np.log(np.maximum(again, 1e-3) / first).mean(), search.best.fitness)
     known = {b.how for b in born}
-    assert known == {"start", "evaluated", "structural", "functional"}
+    assert known >= {"start", "evaluated", "structural", "functional"}
     # who takes over a fitness without a trial would have had it
     for b in born[::25]:
         losses = evaluator.losses(b.individual.program)
@@ -214,8 +214,8 @@ def test_a_search_that_is_stuck_restarts(restart):
     search = evolve(recipe, Quadratic(), rounds=1)
     while not search.restarts:
         search.round(Quadratic())
-    want = search.best if restart == "best" else search.first
-    assert {x.program for x in search.population} == {want.program}
+    want = simplified(search.best.program) if restart == "best" else search.first.program
+    assert {x.program for x in search.population} == {want}
 
 
 def test_asynchronous_search_keeps_the_evaluator_busy():

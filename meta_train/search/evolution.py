@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from learned_opt.symbolic.analysis import dataflow, live, redundant, structural_hash
+from learned_opt.symbolic.analysis import dataflow, live, redundant, simplified, structural_hash
 from learned_opt.symbolic.functional import functional_hash
 from learned_opt.symbolic.program import Program, ProgramError, parse
 from meta_train.search.evaluator import Evaluator, try_all
@@ -21,7 +21,8 @@ from meta_train.search.proxies import score
 from meta_train.search.recipe import SearchRecipe
 
 FACTORS = tuple(10.0 ** (i / 4) for i in range(-6, 11))  # 0.03 to 300
-BETTER = 1e-4  # log loss by which an improvement counts
+BETTER = 1e-4  # log loss by which a program must be better to be the best
+PROGRESS = 1e-2  # and by which a search must get on to go on
 COUNTS = (
     "generated", "invalid", "not_finite", "structural_hits", "functional_hits", "evaluated",
 )  # fmt: skip
@@ -45,7 +46,7 @@ class Born(NamedTuple):
 
     individual: Individual
     mutation: Mutation | None
-    how: str  # "evaluated", "structural", "functional", or "start"
+    how: str  # "evaluated", "structural", "functional", "start" or "restart"
     losses: list[float] | None
 
 
@@ -78,7 +79,7 @@ class Search:
         self.reference: np.ndarray | None = None
         self.first: Individual | None = None
         self.best: Individual | None = None
-        self.local_best = np.inf  # since the last restart
+        self.milestone = np.inf  # fitness when the search last made progress
         self.improved_at = 0  # evaluated programs then
         self.restarts = 0
         self.structural: dict[bytes, float] = {}
@@ -241,8 +242,8 @@ class Search:
         self.population.append(individual)
         if len(self.population) > self.recipe.population:
             self.population.popleft()
-        if fitness < self.local_best - BETTER:
-            self.local_best, self.improved_at = fitness, self.counts["evaluated"]
+        if fitness < self.milestone - PROGRESS:
+            self.milestone, self.improved_at = fitness, self.counts["evaluated"]
         if self.best is None or fitness < self.best.fitness - BETTER:
             self.best = individual
         self.on_birth(Born(individual, mutation, how, losses))
@@ -251,7 +252,7 @@ class Search:
     def _fill(self, individual: Individual) -> None:
         self.population.clear()
         self.population.extend([individual] * self.recipe.population)
-        self.local_best, self.improved_at = individual.fitness, self.counts["evaluated"]
+        self.milestone, self.improved_at = individual.fitness, self.counts["evaluated"]
 
     def _restart_if_stuck(self) -> None:
         stuck = self.counts["evaluated"] - self.improved_at >= self.recipe.patience
@@ -260,11 +261,13 @@ class Search:
         assert self.best is not None
         assert self.first is not None
         self.restarts += 1
-        again = self.recipe.restart == "alternate" and self.restarts % 2 == 0
+        again = self.recipe.restart == "alternate" and self.restarts % 2 == 1
         if self.recipe.restart == "start" or again:
             self._fill(self.first)
-        else:
-            self._fill(self.best)
+        else:  # without what grew around it, which leaves no room to insert anything
+            best = self.best
+            short = simplified(best.program)
+            self._fill(self._birth(best.number, short, best.fitness, None, "restart", None))
 
     def summary(self) -> dict[str, Any]:
         """How far the search is: counts, fitness and diversity."""
@@ -297,7 +300,7 @@ class Search:
             "reference": self.reference.tolist(),
             "first": _plain(self.first),
             "best": _plain(self.best),
-            "local_best": self.local_best,
+            "milestone": self.milestone,
             "improved_at": self.improved_at,
             "restarts": self.restarts,
             "structural": {key.hex(): value for key, value in self.structural.items()},
@@ -312,7 +315,7 @@ class Search:
         self.born, self.restarts = state["born"], state["restarts"]
         self.reference = np.array(state["reference"])
         self.first, self.best = _individual(state["first"]), _individual(state["best"])
-        self.local_best, self.improved_at = state["local_best"], state["improved_at"]
+        self.milestone, self.improved_at = state["milestone"], state["improved_at"]
         for name in ("structural", "functional"):
             setattr(self, name, {bytes.fromhex(key): x for key, x in state[name].items()})
 

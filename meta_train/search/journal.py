@@ -18,10 +18,10 @@ class Entry(NamedTuple):
     number: int
     parent: int | None
     change: list[Any] | None  # of the parent: what, where, and the statement's text
-    how: str  # start, evaluated, structural, functional
+    how: str  # start, evaluated, structural, functional, restart
     fitness: float
     losses: list[float] | None
-    program: str | None  # of those that were tried
+    program: str | None  # of those that were tried, or are no change of their parent
 
 
 class Journal:
@@ -43,7 +43,7 @@ class Journal:
             born.how,
             individual.fitness,
             [round(x, 6) for x in born.losses] if born.losses is not None else None,
-            str(individual.program) if tried or individual.parent is None else None,
+            str(individual.program) if tried or mutation is None else None,
         )
         self._file.write(json.dumps(entry).encode() + b"\n")
 

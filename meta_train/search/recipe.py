@@ -47,10 +47,11 @@ class SearchRecipe:
     """With so many statements none is inserted; at most 40."""
     parsimony: float = 2e-4
     """Log loss that a statement must be worth in selection."""
-    patience: int = 2_000
-    """Programs tried without a better one until the search restarts."""
+    patience: int = 1_000
+    """Programs tried without 1% less loss until the search restarts."""
     restart: Literal["best", "start", "alternate"] = "alternate"
-    """With what a restart fills the population: the best program, the first, or in turn."""
+    """With what a restart fills the population: the best program, the first, or in turn, beginning
+    with the first."""
     seed: int = 0
     """Seed of everything random but the tasks, which are the same for every search."""
 
