@@ -37,6 +37,7 @@ from meta_train.search.simplification import simplify
 
 CHECKPOINT, JOURNAL, FUNNEL, BEST = "search.json", "journal.jsonl", "funnel.json", "best.py"
 CANDIDATES = 48
+SHOWN = 12  # programs that were once the best, in the report
 TOLERANCE = 2e-3  # of log loss, for the simplification
 ROWS = {
     "generated": "generated",
@@ -269,6 +270,11 @@ def _conclude(
         )
         short = winner
     scores = {stage.name: on(stage.proxies, [short])[0] for stage in stages}
+    bests = _bests(tried)
+    others = on(stages[1].proxies, [parse(entry.program or "") for _, entry in bests])
+    validated = [
+        (count, entry.fitness, other) for (count, entry), other in zip(bests, others, strict=True)
+    ]
     card = {
         "recipe": vars(search.recipe),
         "program": str(short),
@@ -288,7 +294,7 @@ def _conclude(
     )
     run_directory.write(directory / BEST, about + str(short))
     search_report.render(
-        _report(search, seconds, directory, chosen[ranking.winner].number, short, ranking, chosen),
+        _report(search, seconds, directory, short, ranking, chosen)._replace(validated=validated),
         directory / run_directory.REPORT,
     )
     rule = Symbolic(str(short), schedule="cosine")
@@ -302,18 +308,29 @@ def _conclude(
     return path
 
 
+def _bests(tried: list[journal.Entry]) -> list[tuple[int, journal.Entry]]:
+    """Programs that were the best when they were tried, a dozen spread over the search at most, and
+    how many had been tried.
+    """
+    found: list[tuple[int, journal.Entry]] = []
+    for count, entry in enumerate(tried, 1):
+        if not found or entry.fitness < found[-1][1].fitness:
+            found.append((count, entry))
+    shown = min(len(found), SHOWN)
+    return [found[round(i * (len(found) - 1) / max(1, shown - 1))] for i in range(shown)]
+
+
 def _report(
     search: Search,
     seconds: float,
     directory: Path,
-    number: int,
     short: Program,
     ranking: funnel.Ranking,
     chosen: list[journal.Entry],
 ) -> search_report.Found:
     assert search.first is not None
     entries = list(journal.read(directory / JOURNAL))
-    line = journal.lineage(entries, number)
+    line = journal.lineage(entries, chosen[ranking.winner].number)
     stages = {"search": {i: entry.fitness for i, entry in enumerate(chosen)}, **ranking.scores}
     pairs = itertools.pairwise(stages)
     counts = search.counts

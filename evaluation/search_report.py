@@ -64,6 +64,8 @@ class Found(NamedTuple):
     correlations: Sequence[tuple[str, str, float, float, int]]
     # stage, next stage, Spearman's, top-10 recall, programs
     winner: int | None  # candidate
+    validated: Sequence[tuple[int, float, float]] = ()
+    # of programs that were the best at their time: tried before, fitness, that of meta-validation
 
 
 def render(found: Found, path: str | Path) -> None:
@@ -108,6 +110,8 @@ def figures(found: Found) -> list[tuple[str, Figure]]:
             drawn.append(_fitness(found))
         if found.records:
             drawn.append(_rates(found.records))
+        if found.validated:
+            drawn.append(_validation(found.validated))
         if pairs:
             drawn.append(_funnel(found, pairs))
     return drawn
@@ -119,7 +123,7 @@ def _fitness(found: Found) -> tuple[str, Figure]:
     changes = _changes(found.fitness)
     best = np.minimum.accumulate(np.concatenate([np.zeros(1), changes]))
     medians = _changes([_value(record, "median") for record in found.records])
-    tried = np.array([_value(r, "evaluated") for r in found.records]) - _tuning(found.records)
+    tried = np.array([_value(record, "evaluated") for record in found.records])
     gain = max(0.02, -best[-1])
     usual = np.median([0.0, *medians[np.isfinite(medians)]])
     top = max(gain, 1.1 * min(1.0, usual))  # where a population is bad for long, it is shown
@@ -158,7 +162,6 @@ def _fitness(found: Found) -> tuple[str, Figure]:
 def _rates(records: Sequence[Mapping[str, Any]]) -> tuple[str, Figure]:
     figure = Figure(figsize=(10.5, 3.5), layout="constrained")
     hits, redundancy, variety = figure.subplots(1, 3)
-    tuning = _tuning(records)
     every = math.ceil(len(records) / MOST_INTERVALS)
     records = records[::-1][::every][::-1]  # with the last
     generated = np.array([record["generated"] for record in records], np.float64)
@@ -166,8 +169,7 @@ def _rates(records: Sequence[Mapping[str, Any]]) -> tuple[str, Figure]:
     marker = "o" if len(records) < 30 else None
     style: dict[str, Any] = {"linewidth": 1.8, "marker": marker, "markersize": 3}
     for key, (name, colour) in RATES.items():
-        before = tuning if key == "evaluated" else 0.0
-        counts = np.diff([_value(record, key) for record in records], prepend=before)
+        counts = np.diff([_value(record, key) for record in records], prepend=0.0)
         shares = counts[lengths > 0] / lengths[lengths > 0]
         hits.plot(generated[lengths > 0], shares, color=colour, label=name, **style)
     for key, (name, colour, dashes) in REDUNDANT.items():
@@ -191,6 +193,26 @@ def _rates(records: Sequence[Mapping[str, Any]]) -> tuple[str, Figure]:
         "or whose updates on probes, were seen already take over a known fitness; only the others "
         "are tried. Middle: statements that no output of a program depends on, and those without "
         "which all updates of a run were the same. Right: programs of different dataflow."
+    )
+    return caption, figure
+
+
+def _validation(validated: Sequence[tuple[int, float, float]]) -> tuple[str, Figure]:
+    figure = Figure(figsize=(7.0, 3.4), layout="constrained")
+    panel = figure.subplots()
+    tried, *fitness = zip(*validated, strict=True)
+    names = {"on the search's own tasks": "#D55E00", "on other tasks": "#0072B2"}
+    for (name, colour), values in zip(names.items(), fitness, strict=True):
+        changes = np.minimum(_changes(values), 1.0)
+        panel.plot(tried, changes, "o-", color=colour, linewidth=1.8, markersize=4, label=name)
+    panel.axhline(0.0, color="#777777", linewidth=1.2, linestyle="--", label="first program")
+    _name(panel, "The best so far, meta-validated", "programs tried", "loss against the first's")
+    _count(panel)
+    panel.yaxis.set_major_formatter(FuncFormatter(_change))
+    figure.legend(loc="outside lower center", frameon=False, ncols=3)
+    caption = (
+        "Programs that were the best when they were tried. Where a lower loss on the search's own "
+        "tasks no longer brings a lower one on others, the search overfits its tasks."
     )
     return caption, figure
 
@@ -273,13 +295,6 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> st
     return (
         f"<div class=wide><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
     )
-
-
-def _tuning(records: Sequence[Mapping[str, Any]]) -> float:
-    """Programs tried that were not generated: the first one at other learning rates."""
-    if not records:
-        return 0.0
-    return max(0.0, sum(_value(records[-1], key) for key in RATES) - records[-1]["generated"])
 
 
 def _value(record: Mapping[str, Any], key: str) -> float:

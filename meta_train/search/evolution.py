@@ -116,7 +116,6 @@ class Search:
         candidates = [scaled_rate(program, factor) for factor in FACTORS]
         candidates = list(dict.fromkeys(candidates if self.recipe.tune else [program]))
         losses = try_all(evaluator, candidates, self.recipe.proxies())
-        self.counts["evaluated"] += len(candidates)
         best = min(range(len(losses)), key=lambda i: score(losses[i], losses[0]))
         return candidates[best], losses[best]
 

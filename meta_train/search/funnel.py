@@ -5,6 +5,7 @@ initial params and batches, then other tasks, then longer runs.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -82,9 +83,12 @@ def rank_correlation(
     """
     both = [i for i in before if i in after]
     if len(both) < 3:
-        return float("nan"), float("nan"), len(both)
-    ranks = stats.spearmanr([before[i] for i in both], [after[i] for i in both])
-    correlation = float(np.asarray(ranks.statistic))  # pyright: ignore[reportAttributeAccessIssue]
+        return math.nan, math.nan, len(both)
+    values = [[stage[i] for i in both] for stage in (before, after)]
+    correlation = math.nan
+    if all(np.ptp(x) > 0 for x in values):
+        ranks = stats.spearmanr(*values)
+        correlation = float(np.asarray(ranks.statistic))  # pyright: ignore[reportAttributeAccessIssue]
     first, second = (set(sorted(both, key=x.__getitem__)[:top]) for x in (before, after))
     return correlation, len(first & second) / len(second), len(both)
 

@@ -31,7 +31,7 @@ class SearchRecipe:
     seeds: int = 1
     """Trials of a program on every task."""
     evaluated: int = 10_000
-    """Programs to try, at most."""
+    """Programs to try, at most, besides learning rates of the first."""
     generated: int = 1_000_000
     """Programs to make, at most: most of them are known already by what they do."""
     population: int = 100
