@@ -21,9 +21,10 @@ lint: $(INSTALLED)
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
-# mup_transfer.py takes hours, and two meta-training runs
+# mup_transfer.py takes hours and two meta-training runs, search_comparison.py two hours
+LONG := benchmarks/mup_transfer.py benchmarks/search_comparison.py benchmarks/search_heldout.py
 bench: $(INSTALLED)
-	for script in $(filter-out benchmarks/mup_transfer.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out $(LONG),$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, got {sys.version}"'

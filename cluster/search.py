@@ -29,6 +29,7 @@ from learned_opt.symbolic.program import Program, parse
 from learned_opt.symbolic.rule import Symbolic
 from meta_train.recipes.base import families
 from meta_train.search import funnel, journal
+from meta_train.search.behaviour import behaviour
 from meta_train.search.evaluator import Evaluator, Local, try_all
 from meta_train.search.evolution import Search
 from meta_train.search.proxies import Proxies, score
@@ -342,6 +343,7 @@ def _report(
             "seconds": f"{seconds:.0f}",
             "tried per second": f"{counts['evaluated'] / seconds:.0f}",
             "seed": str(search.recipe.seed),
+            **_behaviour(short),
             "beats the first program in every stage": "yes" if ranking.beats else "no",
         },
         programs={
@@ -358,6 +360,18 @@ def _report(
         correlations=[(a, b, *funnel.rank_correlation(stages[a], stages[b])) for a, b in pairs],
         winner=ranking.winner,
     )
+
+
+def _behaviour(program: Program) -> dict[str, str]:
+    found = behaviour(program)
+    b1, b2 = found.betas
+    return {
+        "states": str(found.states),
+        "spread of the updates' magnitudes (a sign: 0)": f"{found.spread:.2f}",
+        "change when gradients are ten times as large": f"{found.scale:.0%}",
+        "signs in common with Lion": f"{found.agreement:.0%}, at betas {b1} and {b2}",
+        "behaves like Lion": "yes" if found.like_lion else "no",
+    }
 
 
 def _words(change: list[Any] | None) -> str:

@@ -17,6 +17,7 @@ from learned_opt.symbolic.functional import functional_hash
 from learned_opt.symbolic.operators import OPERATORS
 from meta_train.recipes.base import families
 from meta_train.search import funnel, journal, mutation
+from meta_train.search.behaviour import behaviour
 from meta_train.search.evaluator import Local, try_all
 from meta_train.search.evolution import Search, scaled_rate
 from meta_train.search.mutation import Mutation, Mutator, apply
@@ -478,6 +479,21 @@ def test_interpolations_of_interpolations_are_merged():
         return [0.0 if functional_hash(p) == same else 1.0 for p in programs]
 
     assert "v = interpolate(g, v, 0.855)" in str(simplify(program, scores))
+
+
+def test_behaviour_tells_lion_from_others():
+    lion = behaviour(PROGRAMS["lion"])
+    assert lion.like_lion
+    assert (lion.spread, lion.scale, lion.agreement) == (0.0, 0.0, 1.0)
+    assert lion.betas == (0.9, 0.99)
+    found = behaviour(PROGRAMS["lion_as_found"])  # m / sqrt(m * m) is no sign at small m, nor
+    assert found.agreement > 0.97  # is the second beta that of the list
+    adamw, sgd = behaviour(PROGRAMS["adamw"]), behaviour(PROGRAMS["sgd_momentum"])
+    assert not adamw.like_lion
+    assert adamw.scale < 1e-5
+    assert adamw.spread > 0.4
+    assert sgd.scale == pytest.approx(9.0)
+    assert not sgd.like_lion
 
 
 @pytest.mark.parametrize(

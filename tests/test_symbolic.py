@@ -98,6 +98,9 @@ BODY = "def train(w, g, m, v, lr):\n    {}\n    return update, m, v\n"
         ("def train(w, g, m, v, lr):\n    update = g\n", "line 2: must end with return"),
         (BODY.format("update = foo(g)"), "line 2: unknown function foo"),
         (BODY.format("update = g @ g"), "line 2: 'g @ g' is neither"),
+        (BODY.format("update = g * 1" + 400 * "0"), "line 2: '10+' is neither"),
+        (BODY.format("update = g * " + 900 * "-" + "1.0"), "no Python|line 2: .* is neither"),
+        ("\0", "no Python"),
         (BODY.format("update += g"), r"line 2: 'update \+= g' is not of the form"),
         (BODY.format("update = norm(g, g)"), "line 2: norm takes 1 arguments, got 2"),
         (BODY.format("update = g * 1e999"), "line 2: '1e309' is neither"),
@@ -400,6 +403,7 @@ def test_dead_code_does_not_matter():
         np.testing.assert_array_equal(got, want)
         code = [structural_hash(p) for p in (short, program)]
         assert code[0] == code[1]
+        check(short)
     assert removed > 2000
 
 
@@ -488,8 +492,10 @@ def test_cosine_schedule():
 def test_bad_fields():
     with pytest.raises(ValueError, match="`schedule` must be"):
         Symbolic(schedule="linear")
-    with pytest.raises(ProgramError, match=r"`program`.*must hold one def train"):
+    with pytest.raises(ProgramError, match="unknown program 'adamm'; did you mean 'adamw'"):
         Symbolic(program="adamm")
+    with pytest.raises(ValueError, match="constants must be finite numbers, got inf"):
+        Statement("x", "add", ("g", math.inf))
     with pytest.raises(ProgramError, match="9 statements matter, and there is room for 8"):
         machine.encode(PROGRAMS["adamw"], 8)
 

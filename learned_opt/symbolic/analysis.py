@@ -3,6 +3,7 @@ and a hash that is the same for programs that compute the same by other names or
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -14,6 +15,7 @@ from learned_opt.symbolic.program import (
     Argument,
     Program,
     ProgramError,
+    Statement,
     with_lines,
 )
 
@@ -37,7 +39,7 @@ class KindError(ProgramError):
         self.why, self.index = why, index
 
 
-def kind_of(operator: str, kinds: tuple[Kind, ...]) -> Kind:
+def kind_of(operator: str, arguments: tuple[Kind, ...]) -> Kind:
     """The kind of a result by those of the arguments.
 
     Raises:
@@ -45,17 +47,17 @@ def kind_of(operator: str, kinds: tuple[Kind, ...]) -> Kind:
     """
     op = OPERATORS[operator]
     for position in op.scalars:
-        if kinds[position] != Kind.SCALAR:
+        if arguments[position] != Kind.SCALAR:
             raise KindError(f"argument {position + 1} of {operator} must be a scalar")
     if op.form == "constant":
         return Kind.SCALAR
     if op.form == "norm":
-        return min(kinds[0], Kind.PER_TENSOR)
-    if op.form in ("dot", "cosine_sim") and kinds[0] != kinds[1]:
+        return min(arguments[0], Kind.PER_TENSOR)
+    if op.form in ("dot", "cosine_sim") and arguments[0] != arguments[1]:
         raise KindError(f"the arguments of {operator} must be of one kind")
     if op.form in ("global_norm", "dot", "cosine_sim"):
         return Kind.SCALAR
-    return max(kinds)
+    return max(arguments)
 
 
 def kinds(program: Program) -> list[Kind]:
@@ -67,13 +69,18 @@ def kinds(program: Program) -> list[Kind]:
     return _kinds(program)[0]
 
 
+def variables(program: Program) -> dict[str, Kind]:
+    """Of everything that is assigned at its end, inputs included. Raises as `kinds`."""
+    return _kinds(program)[1]
+
+
 def check(program: Program) -> None:
     """Refuses what is no optimizer.
 
     Raises:
       KindError: as `kinds`; or an output is not assigned, or not of the kind of the weights.
     """
-    outputs = _kinds(program)[1]
+    outputs = variables(program)
     for name in OUTPUTS:
         if name not in outputs:
             raise KindError(f"{name} is never assigned")
@@ -176,15 +183,26 @@ def live(flow: Dataflow) -> tuple[set[int], set[str]]:
         states = needed
 
 
-def without(program: Program, kept: set[int]) -> Program:
-    return Program(tuple(s for i, s in enumerate(program.statements) if i in kept))
-
-
 def simplified(program: Program) -> Program:
-    """Without the statements that do not matter for the updates. A state that is not needed stays
-    whatever was left of it.
+    """Without the statements that do not matter for the updates. A state that is not needed is no
+    longer assigned: where its name was used for something else, that gets a name of its own.
     """
-    return without(program, live(dataflow(program))[0])
+    kept, states = live(dataflow(program))
+    statements = [s for i, s in enumerate(program.statements) if i in kept]
+    taken = {*INPUTS, *OUTPUTS, *(s.target for s in statements)}
+    new: dict[Argument, str] = {}
+    for state in sorted({"m", "v"} - states):
+        new[state] = next(name for i in itertools.count() if (name := f"x{i}") not in taken)
+        taken.add(new[state])
+    return Program(
+        tuple(
+            Statement(
+                new.get(s.target, s.target), s.operator,
+                tuple(new.get(a, a) if isinstance(a, str) else a for a in s.arguments),
+            )
+            for s in statements
+        )
+    )  # fmt: skip
 
 
 def redundant(program: Program) -> tuple[int, int]:

@@ -107,7 +107,7 @@ class Tree:
     def total(self, kind, value):
         if kind == Kind.SCALAR:
             return value
-        return sum((jnp.sum(x) for x in value), start=jnp.zeros(()))
+        return sum((jnp.sum(x) for x in value), start=jnp.float32(0.0))
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,10 @@ def encode(program: Program, capacity: int) -> Code:
     ]
     numbers = np.zeros(3 * capacity)
     numbers[: len(constants)] = list(constants)
+    with np.errstate(over="ignore"):
+        numbers = numbers.astype(np.float32)
     return Code(
-        operators, arguments, of, numbers.astype(np.float32), np.array(outputs, np.int32),
+        operators, arguments, of, numbers, np.array(outputs, np.int32),
         np.array(len(kept), np.int32),
     )  # fmt: skip
 
@@ -106,7 +108,7 @@ def optimizer(code: Code, schedule: optax.Schedule) -> optax.GradientTransformat
         w, _ = ravel_pytree(base.float32(params))
         inputs = (w, g, state.m, state.v, jnp.broadcast_to(schedule(state.count), w.shape))
         found, m, v = run(code, sizes, inputs)
-        return unravel(-found), MachineState(state.count + 1, m, v)
+        return base.like_params(unravel(-found), params), MachineState(state.count + 1, m, v)
 
     return optax.GradientTransformation(init, update)
 
@@ -152,9 +154,9 @@ def _branch(operator: Operator, sizes: tuple[int, ...]) -> Callable[..., jax.Arr
         return jnp.broadcast_to(x, (elements,))
 
     def norm(x: jax.Array, kind: jax.Array) -> jax.Array:
-        squares = jnp.square(x) * jnp.asarray(counts)[jnp.maximum(kind, Kind.PER_TENSOR)]
-        sums = [jnp.broadcast_to(jnp.sum(squares[a:b]), (b - a,)) for a, b in bounds]
-        return jnp.sqrt(jnp.concatenate(sums))
+        sums = [jnp.broadcast_to(jnp.sum(jnp.square(x[a:b])), (b - a,)) for a, b in bounds]
+        lengths = jnp.sqrt(jnp.concatenate(sums))
+        return jnp.where(kind == Kind.WEIGHTS, lengths, jnp.abs(x))
 
     def call(x: jax.Array, y: jax.Array, z: jax.Array, kind: jax.Array) -> jax.Array:
         if operator.function is not None:

@@ -67,14 +67,15 @@ OPERATORS: dict[str, Operator] = {
         _unary("log", lambda xp, x: xp.log(xp.abs(x))),
         _unary("log10", lambda xp, x: xp.log10(xp.abs(x))),
         _unary("log2", lambda xp, x: xp.log2(xp.abs(x))),
-        _unary("log1p", lambda xp, x: xp.log(xp.abs(1.0 + x))),
+        # log |1 + x|, precise at small x
+        _unary("log1p", lambda xp, x: xp.log1p(xp.maximum(x, -2.0 - x))),
         _unary("sqrt", lambda xp, x: xp.sqrt(xp.abs(x))),
         _unary("cube", lambda xp, x: x * x * x, flops=2),
-        _unary("reciprocal", lambda xp, x: 1.0 / x),
+        _unary("reciprocal", lambda xp, x: xp.divide(1.0, x)),
         _binary("add", lambda xp, x, y: x + y, "+", commutative=True),
         _binary("subtract", lambda xp, x, y: x - y, "-"),
         _binary("multiply", lambda xp, x, y: x * y, "*", commutative=True),
-        _binary("divide", lambda xp, x, y: x / (y + EPSILON), "/", flops=5),
+        _binary("divide", lambda xp, x, y: xp.divide(x, y + EPSILON), "/", flops=5),
         _binary("maximum", lambda xp, x, y: xp.maximum(x, y), commutative=True),
         _binary("minimum", lambda xp, x, y: xp.minimum(x, y), commutative=True),
         _binary("power", lambda xp, x, y: xp.power(x, y), flops=10),
@@ -90,4 +91,3 @@ OPERATORS: dict[str, Operator] = {
     )
 }  # fmt: skip
 SYMBOLS = {operator.symbol: name for name, operator in OPERATORS.items() if operator.symbol}
-assert len(OPERATORS) == 44

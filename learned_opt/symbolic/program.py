@@ -12,9 +12,9 @@ a schedule with peak 1; then w - update are the new weights.
 """
 
 import ast
-import keyword
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from learned_opt.symbolic.operators import OPERATORS, SYMBOLS
 
@@ -24,6 +24,10 @@ SYNTAX = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 Argument = str | float  # a variable's name, or a constant
 
 
+class ProgramError(ValueError):
+    """What is wrong with a program, and in which line."""
+
+
 @dataclass(frozen=True)
 class Statement:
     """target = operator(*arguments)."""
@@ -31,6 +35,10 @@ class Statement:
     target: str
     operator: str
     arguments: tuple[Argument, ...]
+
+    def __post_init__(self) -> None:
+        numbers = [a if isinstance(a, str) else _number(a) for a in self.arguments]
+        object.__setattr__(self, "arguments", tuple(numbers))
 
     def __str__(self) -> str:
         arguments = [a if isinstance(a, str) else repr(a) for a in self.arguments]
@@ -51,10 +59,6 @@ class Program:
         return f"def train({', '.join(INPUTS)}):\n{body}    return {', '.join(OUTPUTS)}\n"
 
 
-class ProgramError(ValueError):
-    """What is wrong with a program, and in which line."""
-
-
 def parse(text: str, source: str = "program") -> Program:
     """The program that `text` is; whether its statements suit one another, `analysis.check` tells.
 
@@ -70,17 +74,22 @@ def parse(text: str, source: str = "program") -> Program:
 
 def with_lines(text: str, source: str) -> tuple[Program, list[int]]:
     """`parse`, and the line of every statement."""
+    try:
+        return _read(ast.parse(text), source)
+    except ProgramError:
+        raise
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ProgramError(f"{source}: no Python: {error}") from None
+    except SyntaxError as error:
+        where = f"{source}, line {error.lineno}" if error.lineno else source
+        raise ProgramError(f"{where}: no Python: {error.msg}") from None
 
+
+def _read(module: ast.Module, source: str) -> tuple[Program, list[int]]:
     def wrong(node: ast.AST | None, why: str) -> ProgramError:
         line = getattr(node, "lineno", None)
         return ProgramError(f"{source}{f', line {line}' if line else ''}: {why}")
 
-    try:
-        module = ast.parse(text)
-    except SyntaxError as error:
-        raise ProgramError(f"{source}, line {error.lineno}: no Python: {error.msg}") from None
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise ProgramError(f"{source}: no Python: {error}") from None
     signature = f"def train({', '.join(INPUTS)}):"
     function, *others = [node for node in module.body if not _is_preamble(node)] or [None]
     if others or not isinstance(function, ast.FunctionDef):
@@ -98,7 +107,7 @@ def with_lines(text: str, source: str) -> tuple[Program, list[int]]:
 def _is_preamble(node: ast.stmt) -> bool:
     """Docstrings and imports, which a file may have for its readers."""
     docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return docstring or isinstance(node, ast.ImportFrom)
+    return docstring or isinstance(node, ast.Import | ast.ImportFrom)
 
 
 def _statement(node: ast.stmt, wrong) -> Statement:
@@ -109,7 +118,7 @@ def _statement(node: ast.stmt, wrong) -> Statement:
     ):
         raise wrong(node, f"'{ast.unparse(node)}' is not of the form name = function(...)")
     target, value = node.targets[0].id, node.value
-    if target in OPERATORS or keyword.issoftkeyword(target):
+    if target in OPERATORS:
         raise wrong(node, f"{target} is the name of a function and cannot be assigned")
     if isinstance(value, ast.BinOp) and type(value.op) in SYNTAX:
         operator, arguments = SYMBOLS[SYNTAX[type(value.op)]], [value.left, value.right]
@@ -129,9 +138,22 @@ def _argument(node: ast.expr, wrong) -> Argument:
     if isinstance(node, ast.Name):
         return node.id
     try:
-        value = ast.literal_eval(node)
+        return _number(ast.literal_eval(node))
     except (ValueError, TypeError, RecursionError, MemoryError):
-        value = None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise wrong(node, f"'{ast.unparse(node)}' is neither a variable nor a finite number")
-    return float(value)
+        why = f"'{ast.unparse(node)}' is neither a variable nor a finite number"
+        raise wrong(node, why) from None
+
+
+def _number(value: Any) -> float:
+    """As programs hold them: there is no -0.0, as it equals 0.0.
+
+    Raises:
+      ValueError: it is no finite number.
+    """
+    try:
+        number = math.nan if isinstance(value, bool | str) else float(value) + 0.0
+    except (TypeError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"constants must be finite numbers, got {value!r}")
+    return number

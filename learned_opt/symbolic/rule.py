@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from learned_opt import base, fields
+from learned_opt import base, discovery, fields
 from learned_opt.symbolic import execution
 from learned_opt.symbolic.analysis import dataflow, live, read, simplified
-from learned_opt.symbolic.program import Program
+from learned_opt.symbolic.program import Program, ProgramError
 from learned_opt.symbolic.programs import LION, PROGRAMS
 
 
@@ -45,22 +46,30 @@ class Symbolic:
         self.parsed()
 
     def parsed(self) -> Program:
-        return PROGRAMS.get(self.program) or read(self.program, "`program`")
+        if self.program in PROGRAMS:
+            return PROGRAMS[self.program]
+        if self.program.isidentifier():
+            raise ProgramError(discovery.unknown("program", self.program, list(PROGRAMS)))
+        return read(self.program, "`program`")
 
     def init(self, key: base.Key) -> base.Theta:
         """{"moved": zeros [constants]}: how far every constant that matters, in the order of the
         text, is moved from what the text says: the logarithm of a factor, or of what multiplies
         c / (1 - c) where it is a third argument of interpolate between 0 and 1. At zero it is
         exactly what the text says.
+
+        Tuned by evolution strategies: derivatives of some programs are not finite where a gradient
+        is zero, as that of sqrt.
         """
         del key
-        return {"moved": jnp.zeros((len(execution.places(simplified(self.parsed()))),))}
+        count = len(execution.places(simplified(self.parsed())))
+        return {"moved": jnp.zeros((count,), jnp.float32)}
 
     def constants(self, theta: base.Theta) -> jax.Array:
         """[constants] float32."""
         program = simplified(self.parsed())
         written = jnp.asarray(execution.places(program), jnp.float32)
-        decays = jnp.asarray(
+        decays = np.array(
             [
                 s.operator == "interpolate" and position == 2 and 0.0 < argument < 1.0
                 for s in program.statements
@@ -69,10 +78,10 @@ class Symbolic:
             ],
             bool,
         )
-        factor = jnp.exp(theta["moved"])
-        return jnp.where(
-            decays, written * factor / (1.0 + written * (factor - 1.0)), written * factor
-        )
+        # 0.5 where there is no decay, so that no branch divides by zero
+        decay = jnp.where(decays, written, 0.5)
+        moved_decay = decay / (decay + (1.0 - decay) * jnp.exp(-theta["moved"]))
+        return jnp.where(decays, moved_decay, written * jnp.exp(theta["moved"]))
 
     def optimizer(
         self, theta: base.Theta, horizon: base.Horizon = None
@@ -111,7 +120,7 @@ class Symbolic:
 def one(count: jax.typing.ArrayLike) -> jax.Array:
     """The constant schedule."""
     del count
-    return jnp.ones(())
+    return jnp.float32(1.0)
 
 
 def cosine(horizon: int | jax.Array) -> optax.Schedule:

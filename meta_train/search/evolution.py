@@ -133,12 +133,7 @@ class Search:
         found = try_all(evaluator, [child.program for child in new], self.recipe.proxies())
         for child, losses in zip(new, found, strict=True):
             self._tried(child, losses)
-        for child in waiting:
-            self._birth(
-                child.parent, child.program, self.functional[child.functional], child.mutation,
-                child.how, None,
-            )  # fmt: skip
-            self.structural[child.structural] = self.functional[child.functional]
+        self._join(waiting)
         self._restart_if_stuck()
 
     def run_asynchronously(self, evaluator: Evaluator, until: Callable[[], bool]) -> None:
@@ -146,10 +141,13 @@ class Search:
         moment takes its place. Not deterministic. Ends with nothing under way.
         """
         under_way: dict[int, Child] = {}
+        waiting: list[Child] = []
         ticket = 0
         while under_way or not (self.done or until()):
             while len(under_way) < 2 * evaluator.slots and not (self.done or until()):
-                new, _ = self._children(1, {child.functional for child in under_way.values()})
+                busy = {child.functional for child in under_way.values()}
+                new, same = self._children(1, busy)
+                waiting += same
                 if not new:
                     break
                 for child in new:
@@ -158,7 +156,16 @@ class Search:
                     ticket += 1
             for found, losses in evaluator.collect() if under_way else ():
                 self._tried(under_way.pop(found), losses)
+            self._join(child for child in waiting if child.functional in self.functional)
+            waiting = [child for child in waiting if child.functional not in self.functional]
             self._restart_if_stuck()
+
+    def _join(self, waiting: Iterable[Child]) -> None:
+        """Children that do what one does that was under way when they were made."""
+        for child in waiting:
+            fitness = self.functional[child.functional]
+            self.structural[child.structural] = fitness
+            self._birth(child.parent, child.program, fitness, child.mutation, child.how, None)
 
     def _children(self, wanted: int, busy: Iterable[bytes] = ()) -> tuple[list[Child], list[Child]]:
         """Up to `wanted` children that must be tried, and those that do what one of these or of the
@@ -320,8 +327,11 @@ class Search:
 
 
 def scaled_rate(program: Program, factor: float) -> Program:
-    """With the last constant by which lr is multiplied times `factor`; itself if there is none."""
-    for index, statement in reversed([*enumerate(program.statements)]):
+    """With the last constant that matters, of those by which lr is multiplied, times `factor`;
+    itself if there is none.
+    """
+    for index in sorted(live(dataflow(program))[0], reverse=True):
+        statement = program.statements[index]
         arguments = statement.arguments
         numbers = [a for a in arguments if isinstance(a, float)]
         if statement.operator == "multiply" and "lr" in arguments and numbers:

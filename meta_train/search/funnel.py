@@ -87,7 +87,7 @@ def rank_correlation(
     values = [[stage[i] for i in both] for stage in (before, after)]
     correlation = math.nan
     if all(np.ptp(x) > 0 for x in values):
-        ranks = stats.spearmanr(*values)
+        ranks = stats.spearmanr(values[0], values[1])
         correlation = float(np.asarray(ranks.statistic))  # pyright: ignore[reportAttributeAccessIssue]
     first, second = (set(sorted(both, key=x.__getitem__)[:top]) for x in (before, after))
     return correlation, len(first & second) / len(second), len(both)

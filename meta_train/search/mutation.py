@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from learned_opt.symbolic.analysis import INPUT_KINDS, Kind, KindError, check, kind_of
+from learned_opt.symbolic.analysis import Kind, KindError, check, variables
 from learned_opt.symbolic.operators import OPERATORS
 from learned_opt.symbolic.program import Argument, Program, ProgramError, Statement
 
@@ -38,26 +38,24 @@ def apply(program: Program, mutation: Mutation) -> Program:
 
 
 def scope(program: Program, index: int) -> Scope:
-    """What statement `index` may read."""
-    current = dict(INPUT_KINDS)
-    for statement in program.statements[:index]:
-        kinds = tuple(
-            current[a] if isinstance(a, str) else Kind.SCALAR for a in statement.arguments
-        )
-        current[statement.target] = kind_of(statement.operator, kinds)
-    return current
+    """What statement `index` may read.
+
+    Raises:
+      KindError: a statement before it is ill-typed.
+    """
+    return variables(Program(program.statements[:index]))
 
 
-def admissible(operator: str, position: int, variables: Scope) -> list[str]:
-    """Variables that an argument may be, the others apart."""
+def admissible(operator: str, position: int, known: Scope) -> list[str]:
+    """Variables of the kind that the argument at `position` may be."""
     scalar = position in OPERATORS[operator].scalars
-    return [name for name, kind in variables.items() if not scalar or kind == Kind.SCALAR]
+    return [name for name, kind in known.items() if not scalar or kind == Kind.SCALAR]
 
 
-def targets(variables: Scope) -> list[str]:
+def targets(known: Scope) -> list[str]:
     """What a statement may assign: what there is, or one new name."""
-    fresh = next(name for i in range(len(variables) + 1) if (name := f"x{i}") not in variables)
-    return [*variables, *(["update"] if "update" not in variables else []), fresh]
+    fresh = next(name for i in range(len(known) + 1) if (name := f"x{i}") not in known)
+    return [*known, *(["update"] if "update" not in known else []), fresh]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +97,8 @@ class Mutator:
             return _rescaled(program, random)
         change = random.choice(("insert", "delete", "modify"))
         length = len(program.statements)
-        if length >= self.most_statements if change == "insert" else not length:
+        impossible = length >= self.most_statements if change == "insert" else not length
+        if impossible:
             return None
         if change == "insert":
             index = int(random.integers(length + 1))
@@ -117,24 +116,24 @@ class Mutator:
             return None
         position = int(random.integers(len(statement.arguments)))
         argument = self._argument(statement.operator, position, scope(program, index), random)
-        return Mutation("modify", index, _replaced(statement, position, argument))
+        return Mutation("modify", index, replaced(statement, position, argument))
 
-    def statement(self, variables: Scope, random: np.random.Generator) -> Statement:
+    def statement(self, known: Scope, random: np.random.Generator) -> Statement:
         """Any, of variables that may be read."""
         operator = NAMES[random.integers(len(NAMES))]
         arguments = tuple(
-            self._argument(operator, position, variables, random)
+            self._argument(operator, position, known, random)
             for position in range(OPERATORS[operator].arity)
         )
-        return Statement(_one_of(targets(variables), random), operator, arguments)
+        return Statement(_one_of(targets(known), random), operator, arguments)
 
     def _argument(
-        self, operator: str, position: int, variables: Scope, random: np.random.Generator
+        self, operator: str, position: int, known: Scope, random: np.random.Generator
     ) -> Argument:
-        known = admissible(operator, position, variables)
-        if not known or random.random() < self.p_constant:
+        choices = admissible(operator, position, known)
+        if not choices or random.random() < self.p_constant:
             return float(random.normal())
-        return _one_of(known, random)
+        return _one_of(choices, random)
 
 
 def _rescaled(program: Program, random: np.random.Generator) -> Mutation | None:
@@ -157,10 +156,10 @@ def _rescaled(program: Program, random: np.random.Generator) -> Mutation | None:
         moved = 1.0 - (1.0 - value) * factor
     else:
         moved = float(np.clip(value * factor, -LARGEST, LARGEST))
-    return Mutation("modify", index, _replaced(statement, position, moved))
+    return Mutation("modify", index, replaced(statement, position, moved))
 
 
-def _replaced(statement: Statement, position: int, argument: Argument) -> Statement:
+def replaced(statement: Statement, position: int, argument: Argument) -> Statement:
     arguments = list(statement.arguments)
     arguments[position] = argument
     return dataclasses.replace(statement, arguments=tuple(arguments))
@@ -171,19 +170,20 @@ def _one_of(choices: list[str], random: np.random.Generator) -> str:
 
 
 def random_program(mutator: Mutator, random: np.random.Generator) -> tuple[Program, int]:
-    """A valid program of 3 to `most_statements` random statements, and how many were drawn that are
-    not.
+    """A valid program of up to `most_statements` random statements, and how many were drawn that
+    are not.
 
     Raises:
       ProgramError: none was found.
     """
     for failed in range(ATTEMPTS):
         statements: list[Statement] = []
-        length = int(random.integers(3, max(3, mutator.most_statements) + 1))
+        most = mutator.most_statements
+        length = int(random.integers(min(3, most), most + 1))
         try:
             for index in range(length):
-                variables = scope(Program(tuple(statements)), index)
-                statements.append(mutator.statement(variables, random))
+                known = scope(Program(tuple(statements)), index)
+                statements.append(mutator.statement(known, random))
             check(Program(tuple(statements)))
         except KindError:
             continue

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from learned_opt.symbolic.analysis import KindError, check, cost, simplified
 from learned_opt.symbolic.functional import functional_hash
 from learned_opt.symbolic.program import OUTPUTS, Argument, Program, Statement
+from meta_train.search.mutation import Mutation, apply, replaced
 
 Scores = Callable[[Sequence[Program]], list[float]]  # log losses, lower is better
 
@@ -30,9 +31,9 @@ def simplify(program: Program, scores: Scores, tolerance: float = 2e-3) -> Progr
 
 
 def simpler(program: Program) -> Iterator[Program]:
-    """Valid programs with fewer statements that matter, each by one change: a statement is left
-    out, with an argument of its own, zero or one in place of its result, or its result gives way to
-    what the variable was before; an interpolation of an interpolation becomes one.
+    """Valid programs, most with fewer statements that matter, each by one change: a statement is
+    left out, with an argument of its own, zero or one in place of its result, or its result gives
+    way to what the variable was before; an interpolation of an interpolation becomes one.
     """
     statements = cost(program).statements
     for exact, changes in ((False, _without(program)), (True, _merged(program))):
@@ -58,7 +59,7 @@ def rounder(program: Program) -> Iterator[Program]:
                 rounded = round_constant(argument, digits)
                 if rounded == argument:
                     break
-                yield _with(program, index, _replaced(statement, position, rounded))
+                yield _with(program, index, replaced(statement, position, rounded))
 
 
 def round_constant(value: float, digits: int) -> float:
@@ -85,8 +86,8 @@ def _without(program: Program) -> Iterator[Program]:
 def _renamed(
     statements: Sequence[Statement], name: str, argument: Argument
 ) -> tuple[Statement, ...] | None:
-    """With reads of `name` replaced until it is assigned again; None if that is not possible: what
-    is to be read is assigned before, or `name` is an output.
+    """With reads of `name` replaced until it is assigned again, or at the end given to it if it is
+    an output; None where what is to be read is assigned before that.
     """
     found: list[Statement] = []
     for index, statement in enumerate(statements):
@@ -100,6 +101,8 @@ def _renamed(
             return None
     if name not in OUTPUTS:
         return tuple(found)
+    if any(statement.target == argument for statement in statements):
+        return None
     # an output must be assigned: 0 + x is what the language has for a copy
     return (*found, Statement(name, "add", (argument, 0.0)))
 
@@ -111,6 +114,7 @@ def _merged(program: Program) -> Iterator[Program]:
             continue
         for first, inner in enumerate(program.statements[:second]):
             same = inner.operator == "interpolate" and inner.target == outer.arguments[1]
+            same &= inner.target not in inner.arguments
             between = program.statements[first:second]
             if not same or not isinstance(inner.arguments[2], float):
                 continue
@@ -119,15 +123,8 @@ def _merged(program: Program) -> Iterator[Program]:
             if inner.arguments[0] == outer.arguments[0] and not read & assigned:
                 share = inner.arguments[2] * outer.arguments[2]
                 merged = (outer.arguments[0], inner.arguments[1], share)
-                if inner.target not in inner.arguments:
-                    yield _with(program, second, dataclasses.replace(outer, arguments=merged))
-
-
-def _replaced(statement: Statement, position: int, argument: Argument) -> Statement:
-    arguments = list(statement.arguments)
-    arguments[position] = argument
-    return dataclasses.replace(statement, arguments=tuple(arguments))
+                yield _with(program, second, dataclasses.replace(outer, arguments=merged))
 
 
 def _with(program: Program, index: int, statement: Statement) -> Program:
-    return Program((*program.statements[:index], statement, *program.statements[index + 1 :]))
+    return apply(program, Mutation("modify", index, statement))
