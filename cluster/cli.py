@@ -98,10 +98,6 @@ class Search:
     """Ray cluster to join, "auto" or host:port; None starts the workers on this machine."""
     asynchronous: bool = False
     """Let no worker wait for another: for clusters. The result then depends on their timing."""
-    metaval: str = "metaval/small"
-    """Tasks of the funnel at the end, by which the program is chosen: a suite, or one family."""
-    metaval_steps: int = 500
-    """Training steps of a run on these; the last stage takes four times as many."""
     resume: bool = False
     """Go on with the run in --run-dir, by the recipe it was started with."""
 
@@ -115,8 +111,6 @@ class Search:
             address=self.address,
             resume=self.resume,
             asynchronous=self.asynchronous,
-            metaval=self.metaval,
-            metaval_steps=self.metaval_steps,
         )
         console.print(
             f"exported {path}\n"
@@ -395,7 +389,7 @@ def _asks_for_recipe(arguments: list[str], kind: type) -> bool:
     """Whether an option says what to do, rather than where and how."""
     fields = [field.name.replace("_", "-") for field in dataclasses.fields(kind)]
     flags = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
-    return bool(flags & {f"--{name}" for name in ("recipe", *fields)})
+    return bool(flags & {f"--{no}{name}" for name in ("recipe", *fields) for no in ("", "no-")})
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -420,7 +414,9 @@ def main(arguments: list[str] | None = None) -> None:
         command.run()
     except KeyboardInterrupt:
         hint = ""
-        if isinstance(command, (MetaTrain, Quickstart, Search)):
+        if isinstance(command, Search):
+            hint = f" The last checkpoint is kept; go on with --resume --run-dir {command.run_dir}."
+        if isinstance(command, (MetaTrain, Quickstart)):
             where = command.run_dir
             hint = f" The last complete step is kept; go on with --resume --run-dir {where}."
         if isinstance(command, Evaluate):

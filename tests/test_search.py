@@ -282,14 +282,18 @@ def test_bad_searches():
 
 def test_a_first_program_that_cannot_be_searched_from(tmp_path):
     path = tmp_path / "mine.py"
+    long = "\n    ".join(f"x{i + 1} = x{i} + g" for i in range(41))
     for body, said in (
         ("update = arcsin(g)", "gives updates that are not finite"),
-        ("update = g * -1.0", "trains none of"),
         ("update = norm(g)", "update must end as an array"),
+        (f"x0 = g + g\n    {long}\n    update = x41 * lr", "43 statements matter"),
     ):
         path.write_text(BODY.format(body))
         with pytest.raises(ProgramError, match=said):
-            Search(SearchRecipe(start=str(path), tasks=SMALL.tasks)).begin(Quadratic())
+            SearchRecipe(start=str(path), tasks=SMALL.tasks).check()
+    path.write_text(BODY.format("update = g * -1.0"))
+    with pytest.raises(ProgramError, match="trains none of"):
+        Search(SearchRecipe(start=str(path), tasks=SMALL.tasks)).begin(Quadratic())
 
 
 # trials
@@ -412,11 +416,10 @@ def test_funnel_takes_the_best_that_beat_the_first_program_in_every_stage():
     chosen = (funnel.Stage("a", Named("a"), 3, True), funnel.Stage("b", Named("b"), 1))
     found = funnel.select(programs, first, chosen, tried)
     assert found.winner == 2  # 0.7 then 0.8; 0.5 loses to the first program in the second stage
-    assert found.beats
     assert set(found.scores["a"]) == set(range(6))
     assert set(found.scores["b"]) == {1, 2, 5}
     worse = funnel.select(programs[4:5], first, chosen, tried)
-    assert not worse.beats
+    assert worse.winner is None
 
 
 def test_rank_correlation_and_strata():

@@ -22,9 +22,11 @@ class Evaluator(Protocol):
         ...
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)
 def runs(proxies: Proxies) -> Runs:
-    """Drawn and compiled once per process."""
+    """Drawn and compiled once per process, as long as it is in use: batches of a whole run are
+    much.
+    """
     return Runs(proxies)
 
 

@@ -82,6 +82,7 @@ class Search:
         self.milestone = np.inf  # fitness when the search last made progress
         self.improved_at = 0  # evaluated programs then
         self.restarts = 0
+        self.asynchronous = False  # whether any part of it was
         self.structural: dict[bytes, float] = {}
         self.functional: dict[bytes, float] = {}
 
@@ -91,19 +92,16 @@ class Search:
         Raises:
           ProgramError: its updates are not finite, or it does not train.
         """
-        program = self.recipe.program()
-        if functional_hash(program) is None:
-            raise ProgramError(f"`start` {self.recipe.start} gives updates that are not finite")
-        program, losses = self._with_tuned_rate(program, evaluator)
+        program, losses = self._with_tuned_rate(self.recipe.program(), evaluator)
         if not np.any(losses < 1.0):
             raise ProgramError(
-                f"`start` {self.recipe.start} trains none of {self.recipe.tasks}: "
+                f"`start` {self.recipe.name} trains none of {self.recipe.tasks}: "
                 "start from a program that does"
             )
         self.reference = losses
-        functional = functional_hash(program)
-        assert functional is not None
-        self.structural[structural_hash(program)] = self.functional[functional] = 0.0
+        self.structural[structural_hash(program)] = 0.0
+        if functional := functional_hash(program):
+            self.functional[functional] = 0.0
         self.first = self._birth(None, program, 0.0, None, "start", losses.tolist())
         self._fill(self.first)
 
@@ -309,6 +307,7 @@ class Search:
             "milestone": self.milestone,
             "improved_at": self.improved_at,
             "restarts": self.restarts,
+            "asynchronous": self.asynchronous,
             "structural": {key.hex(): value for key, value in self.structural.items()},
             "functional": {key.hex(): value for key, value in self.functional.items()},
         }
@@ -319,6 +318,7 @@ class Search:
         self.counts = dict(state["counts"])
         self.population = deque(_individual(plain) for plain in state["population"])
         self.born, self.restarts = state["born"], state["restarts"]
+        self.asynchronous = state["asynchronous"]
         self.reference = np.array(state["reference"])
         self.first, self.best = _individual(state["first"]), _individual(state["best"])
         self.milestone, self.improved_at = state["milestone"], state["improved_at"]

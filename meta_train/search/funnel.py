@@ -45,34 +45,39 @@ def stages(search: Proxies, metaval: str, steps: int) -> tuple[Stage, ...]:
     )
 
 
+def last(chosen: Sequence[Stage]) -> Stage:
+    """Where the winner alone is judged: meta-validation from other seeds, which decides nothing and
+    so is not flattered.
+    """
+    proxies = chosen[1].proxies
+    again = dataclasses.replace(proxies, first_seed=proxies.first_seed + 2, seeds=2)
+    return Stage("meta-validation, other seeds", again, 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Ranking:
     """Log losses relative to the first program's, of every program that was tried, by stage; and
-    who won. `beats` tells whether the winner beat the first program in every stage.
+    the best in the last stage of those that beat the first program in every one, None if none did.
     """
 
     scores: dict[str, dict[int, float]]
-    winner: int
-    beats: bool
+    winner: int | None
 
 
 def select(
     programs: Sequence[Program], first: Program, chosen: Sequence[Stage], try_all: Try
 ) -> Ranking:
-    """Sends programs through the stages. Where none beats the first program, the best go on."""
+    """Sends programs through the stages."""
     alive = list(range(len(programs)))
     scores: dict[str, dict[int, float]] = {}
-    beats = True
     for stage in chosen:
         tried = range(len(programs)) if stage.everyone else alive
         reference, *losses = try_all([first, *(programs[i] for i in tried)], stage.proxies)
         found = {i: score(x, reference) for i, x in zip(tried, losses, strict=True)}
         scores[stage.name] = found
-        ranked = sorted(alive, key=lambda i: found[i])
-        better = [i for i in ranked if found[i] < 0.0]
-        beats &= bool(better)
-        alive = (better or ranked)[: stage.keep]
-    return Ranking(scores, alive[0], beats)
+        better = [i for i in alive if found[i] < 0.0]
+        alive = sorted(better, key=lambda i: found[i])[: stage.keep]
+    return Ranking(scores, alive[0] if alive else None)
 
 
 def rank_correlation(

@@ -3,6 +3,7 @@ from which the way from the first program to any other can be told.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -29,6 +30,11 @@ class Journal:
 
     def __init__(self, path: Path, size: int = 0):
         path.touch()
+        if path.stat().st_size < size:
+            raise ValueError(
+                f"{path} has {path.stat().st_size} bytes and had {size} when it was checkpointed: "
+                "it was changed, or lost in a crash. Start a new run"
+            )
         self._file: BinaryIO = path.open("r+b")
         self._file.truncate(size)
         self._file.seek(size)
@@ -50,6 +56,7 @@ class Journal:
     def flush(self) -> int:
         """Bytes that are safely written."""
         self._file.flush()
+        os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ the same batches, drawn once, and stops when it is lost.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -57,29 +58,22 @@ class Trial(NamedTuple):
     valid: Any  # [valid_batches, ...]
 
 
-class Outcome(NamedTuple):
-    loss: jax.Array  # normalised, on `valid`, after the run; 2 for a run that was lost
-    steps: jax.Array  # taken
-
-
 class Runs:
     """Runs of any program on the proxies. Compiles a program for every task, once."""
 
     def __init__(self, proxies: Proxies):
-        self.names, self._runs = [], []
-        for name, family in families(proxies.tasks).items():
-            program = _program(jax.default_backend(), classes(family), proxies.steps)
+        self._runs = []
+        for family in families(proxies.tasks).values():
+            program = _jitted(_run, classes(family), steps=proxies.steps)
             for seed in range(proxies.first_seed, proxies.first_seed + proxies.seeds):
                 key = jax.random.fold_in(jax.random.key(0), seed)
                 trial = prepare(family, key, proxies.steps, proxies.valid_batches)
-                self.names.append(f"{name}/{seed}" if proxies.seeds > 1 else name)
                 self._runs.append(functools.partial(program, trial))
 
     def __call__(self, program: Program) -> np.ndarray:
         """[tasks * seeds] normalised losses after training, in [0, 2]."""
         code = machine.encode(program, CAPACITY)
-        outcomes = [run(code) for run in self._runs]
-        return np.array([float(outcome.loss) for outcome in outcomes])
+        return np.array([float(run(code)) for run in self._runs])
 
 
 def score(losses: np.ndarray, reference: np.ndarray) -> float:
@@ -90,28 +84,29 @@ def score(losses: np.ndarray, reference: np.ndarray) -> float:
 
 def prepare(family: TaskFamily, key: Key, steps: int, valid_batches: int) -> Trial:
     """Draws what `evaluation.curve` would from the same key, once for all programs."""
-
-    @jax.jit
-    def draw(family: TaskFamily, key: Key) -> Trial:
-        task_key, init_key, batch_key, eval_key = jax.random.split(key, 4)
-        task = family(task_key)
-        fold = jax.vmap(lambda t: jax.random.fold_in(batch_key, t))
-        train = jax.vmap(functools.partial(task.batch, split="train"))
-        valid = jax.vmap(functools.partial(task.batch, split="valid"))
-        keys = jax.random.split(jax.random.fold_in(eval_key, 0), valid_batches)
-        return Trial(task, task.init(init_key), train(fold(jnp.arange(steps))), valid(keys))
-
+    draw = _jitted(_draw, classes(family), steps=steps, valid_batches=valid_batches)
     return draw(family, key)
 
 
+def _draw(family: TaskFamily, key: Key, *, steps: int, valid_batches: int) -> Trial:
+    task_key, init_key, batch_key, eval_key = jax.random.split(key, 4)
+    task = family(task_key)
+    fold = jax.vmap(lambda t: jax.random.fold_in(batch_key, t))
+    train = jax.vmap(functools.partial(task.batch, split="train"))
+    valid = jax.vmap(functools.partial(task.batch, split="valid"))
+    keys = jax.random.split(jax.random.fold_in(eval_key, 0), valid_batches)
+    return Trial(task, task.init(init_key), train(fold(jnp.arange(steps))), valid(keys))
+
+
 @functools.lru_cache(maxsize=64)
-def _program(backend: str, family_classes: tuple, steps: int):
+def _jitted(function: Callable[..., Any], family_classes: tuple, **static: int) -> Any:
     """A jit for each family's classes, see `tasks.base.classes`."""
-    del backend, family_classes
-    return jax.jit(functools.partial(_run, steps=steps))
+    del family_classes
+    return jax.jit(functools.partial(function, **static))
 
 
-def _run(trial: Trial, code: machine.Code, *, steps: int) -> Outcome:
+def _run(trial: Trial, code: machine.Code, *, steps: int) -> jax.Array:
+    """The normalised loss on `valid` after the run; 2 for a run that was lost."""
     task = trial.task
     optimizer = behind(task, machine.optimizer(code, cosine(steps)))
     untrained = task.normalize(task.loss(trial.params, jax.tree.map(lambda x: x[0], trial.batches)))
@@ -127,7 +122,8 @@ def _run(trial: Trial, code: machine.Code, *, steps: int) -> Outcome:
         first, _, params, state = carry
         last = jnp.minimum(first + CHUNK, steps)
         params, state, total = jax.lax.fori_loop(first, last, step, (params, state, jnp.zeros(())))
-        return last, total / (last - first) > limit, params, state
+        mean = total / (last - first)
+        return last, (mean > limit) | (mean >= WORST), params, state
 
     def goes_on(carry: Any) -> jax.Array:
         return (carry[0] < steps) & ~carry[1]
@@ -138,6 +134,6 @@ def _run(trial: Trial, code: machine.Code, *, steps: int) -> Outcome:
         trial.params,
         optimizer.init(trial.params),
     )
-    taken, lost, params, _ = jax.lax.while_loop(goes_on, chunk, start)
+    _, lost, params, _ = jax.lax.while_loop(goes_on, chunk, start)
     losses = jax.lax.map(lambda batch: task.loss(params, batch), trial.valid)
-    return Outcome(jnp.where(lost, WORST, task.normalize(jnp.mean(losses))), taken)
+    return jnp.where(lost, WORST, task.normalize(jnp.mean(losses)))

@@ -5,9 +5,14 @@ import json
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from learned_opt.symbolic.analysis import read
-from learned_opt.symbolic.program import Program
+from learned_opt.symbolic.functional import functional_hash
+from learned_opt.symbolic.machine import encode
+from learned_opt.symbolic.program import Program, ProgramError
 from learned_opt.symbolic.programs import PROGRAMS
+from meta_train.search import funnel
 from meta_train.search.mutation import Mutator
 from meta_train.search.proxies import CAPACITY, Proxies
 
@@ -52,12 +57,17 @@ class SearchRecipe:
     restart: Literal["best", "start", "alternate"] = "alternate"
     """With what a restart fills the population: the best program, the first, or in turn, beginning
     with the first."""
+    metaval: str = "metaval/small"
+    """Tasks of the funnel at the end, by which the program is chosen: a suite, or one family."""
+    metaval_steps: int = 500
+    """Training steps of a run on these; the last stage takes four times as many."""
     seed: int = 0
     """Seed of everything random but the tasks, which are the same for every search."""
 
     def __post_init__(self):
         least = {"evaluated": 1, "generated": 1, "population": 2, "tournament": 1, "batch": 1}
-        for name, bound in {**least, "patience": 1, "seed": 0, "most_statements": 1}.items():
+        least |= {"patience": 1, "seed": 0, "most_statements": 1, "metaval_steps": 1}
+        for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"`{name}` must be at least {bound}, got {getattr(self, name)}")
         if self.most_statements > CAPACITY:
@@ -72,14 +82,54 @@ class SearchRecipe:
     def proxies(self) -> Proxies:
         return Proxies(self.tasks, self.steps, self.seeds)
 
+    def stages(self) -> tuple[funnel.Stage, ...]:
+        return funnel.stages(self.proxies(), self.metaval, self.metaval_steps)
+
+    @property
+    def name(self) -> str:
+        """What to call `start`."""
+        return self.start if self.start in PROGRAMS else "a program"
+
+    def with_text(self) -> "SearchRecipe":
+        """With the text of a file that `start` names in its place, so that the file may change.
+
+        Raises:
+          FileNotFoundError: there is neither a known program nor a file of this name.
+        """
+        if self.start in PROGRAMS or "\n" in self.start:
+            return self
+        if not Path(self.start).is_file():
+            raise FileNotFoundError(
+                f"`start` {self.start} is neither a file nor one of {', '.join(PROGRAMS)}: "
+                "a search needs a program to start from"
+            )
+        read(text := Path(self.start).read_text(), self.start)
+        return dataclasses.replace(self, start=text)
+
     def program(self) -> Program:
         """That the search starts from.
 
         Raises:
           ProgramError: it is malformed or ill-typed; the message names the line.
-          FileNotFoundError: there is neither a known program nor a file of this name.
         """
-        return named(self.start)
+        start = self.with_text().start
+        return PROGRAMS.get(start) or read(start, "`start`")
+
+    def check(self) -> None:
+        """Refuses what cannot be searched, before any work.
+
+        Raises:
+          ProgramError: the first program is malformed, gives updates that are not finite, has too
+            many statements, or nothing of it can be changed.
+          ValueError: tasks are unknown, or there are none.
+        """
+        program = self.program()
+        if functional_hash(program) is None:
+            raise ProgramError(f"`start`: {self.name} gives updates that are not finite")
+        encode(program, CAPACITY)
+        if self.mode != "random":
+            self.mutator()(program, np.random.default_rng(0))
+        self.stages()
 
     def mutator(self) -> Mutator:
         return Mutator(self.most_statements, self.constants, self.mode == "constants")
@@ -90,15 +140,3 @@ class SearchRecipe:
     @classmethod
     def from_json(cls, text: str) -> "SearchRecipe":
         return cls(**json.loads(text))
-
-
-def named(start: str) -> Program:
-    """A program by its name or file, see `SearchRecipe.program`."""
-    if start in PROGRAMS:
-        return PROGRAMS[start]
-    if not Path(start).is_file():
-        raise FileNotFoundError(
-            f"`start` {start} is neither a file nor one of {', '.join(PROGRAMS)}: "
-            "a search needs a program to start from"
-        )
-    return read(Path(start).read_text(), start)
