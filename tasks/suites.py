@@ -181,7 +181,7 @@ def _heldout_proxies() -> Suite:
             ConvNet("runes@8x8", channels=(8, 12), batch_size=32), (300.0, 300.0)
         ),
         "flower_autoencoder": Autoencoder("flower", (24, 8, 24), batch_size=32),
-        "code_gru": RnnLM("python_code", "gru", embed=8, hidden=16, length=12, batch_size=8),
+        "code_gru": RnnLM("python_code", "gru", embed=8, hidden=18, length=12, batch_size=8),
     }
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from learned_opt.symbolic import machine
+from learned_opt.symbolic.analysis import cost
 from learned_opt.symbolic.program import Program
 from learned_opt.symbolic.rule import cosine
 from meta_train.recipes.base import families
@@ -21,6 +22,7 @@ WORST = 2.0  # normalised loss, that of NaN
 LEAST = 1e-3
 CHUNK = 25  # steps between looks at whether a run is lost
 CAPACITY = 40  # statements
+CAPACITIES = (12, 20, CAPACITY)  # of machines: registers that a program has no use for cost time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Runs:
 
     def __call__(self, program: Program) -> np.ndarray:
         """[tasks * seeds] normalised losses after training, in [0, 2]."""
-        code = machine.encode(program, CAPACITY)
+        needed = cost(program).statements
+        code = machine.encode(program, next((c for c in CAPACITIES if needed <= c), CAPACITY))
         return np.array([float(run(code)) for run in self._runs])
 
 
