@@ -4,12 +4,15 @@ table of docs/search.md.
 Evolution, the constants of AdamW alone, random programs, and changes without selection start from
 AdamW with a tuned learning rate. Of each search the best few on the proxies go through the same
 choice (other seeds), and what is chosen is judged on held-out families with other initial params
-and gradient scales. AdamW and Lion are tuned on the proxies over learning rate and weight decay.
+and gradient scales, once as it is and once with its updates times the best of nine factors for each
+task, lest a learning rate decide. AdamW and Lion are tuned on the proxies over learning rate and
+weight decay.
 
 Takes two hours on two cores with the defaults; what is done is kept, the same command goes on.
 """
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -24,7 +27,7 @@ import jax
 import numpy as np
 
 from evaluation.atomic import replacing
-from learned_opt.symbolic import PROGRAMS, parse
+from learned_opt.symbolic import PROGRAMS, Program, Statement, parse
 from learned_opt.symbolic.analysis import simplified
 from meta_train.search import funnel
 from meta_train.search.behaviour import behaviour
@@ -38,10 +41,13 @@ ARMS = ("evolution", "constants", "random", "walk")
 TOP = 24
 HELD_OUT = "heldout/proxies"
 FIRST_SEED = 2000  # of what neither searches nor choices have used
-COLUMNS = {
-    "proxies": Proxies("train/proxies", 200, 3, FIRST_SEED),
-    "held out": Proxies(HELD_OUT, 200, 3, FIRST_SEED),
-    "held out, longer": Proxies(HELD_OUT, 1000, 2, FIRST_SEED),
+TUNING_SEED = 3000  # and of what none of these have
+MULTIPLIERS = tuple(10.0 ** (i / 4) for i in range(-4, 5))
+COLUMNS = {  # name -> tasks, whether the updates are multiplied by the best factor for each
+    "proxies": (Proxies("train/proxies", 200, 3, FIRST_SEED), False),
+    "held out, as it is": (Proxies(HELD_OUT, 200, 3, FIRST_SEED), False),
+    "held out, rate tuned": (Proxies(HELD_OUT, 200, 3, FIRST_SEED), True),
+    "held out, 1,000 steps, rate tuned": (Proxies(HELD_OUT, 1000, 2, FIRST_SEED), True),
 }
 
 
@@ -108,13 +114,30 @@ def judge(names: Sequence[str], directory: Path) -> dict[str, dict[str, Any]]:
             file = directory / f"{name}.json"
             few = [p for p, _ in json.loads(file.read_text())["programs"]] if file.exists() else []
             known[name] = {"program": str(simplified(parse(choose(few or tuned(name)))))}
-    for column, proxies in COLUMNS.items():  # one after another: their batches are large
-        for name in names:
-            if column not in known[name]:
-                known[name][column] = runs(proxies)(parse(known[name]["program"])).tolist()
+    for column, (proxies, rate_tuned) in COLUMNS.items():  # one by one: their batches are large
+        missing = [name for name in names if column not in known[name]]
+        factors = {name: [1.0] for name in missing}
+        if rate_tuned:
+            one = runs(dataclasses.replace(proxies, seeds=1, first_seed=TUNING_SEED))
+            for name in missing:
+                losses = [one(times(known[name]["program"], f)) for f in MULTIPLIERS]
+                factors[name] = [MULTIPLIERS[i] for i in np.argmin(losses, axis=0)]
+        for name in missing:
+            tried = {f: runs(proxies)(times(known[name]["program"], f)) for f in {*factors[name]}}
+            tasks = len(next(iter(tried.values()))) // proxies.seeds
+            chosen = np.repeat(factors[name], proxies.seeds * tasks // len(factors[name]))
+            known[name][column] = [float(tried[f][i]) for i, f in enumerate(chosen)]
         with replacing(path) as file:
             file.write(json.dumps(known, indent=1).encode())
     return known
+
+
+def times(text: str, factor: float) -> Program:
+    """The program with its updates multiplied."""
+    program = parse(text)
+    if factor == 1.0:
+        return program
+    return Program((*program.statements, Statement("update", "multiply", ("update", factor))))
 
 
 def report(directory: Path, arms: dict[str, list[str]]) -> str:

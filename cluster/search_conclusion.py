@@ -26,7 +26,7 @@ from meta_train.search.simplification import simplify
 JOURNAL, FUNNEL, BEST = "journal.jsonl", "funnel.json", "best.py"
 CANDIDATES = 48
 SHOWN = 12  # programs that were once the best, in the report
-TOLERANCE = 2e-3  # of log loss, for the simplification
+TOLERANCE = 5e-3  # of log loss, for the simplification
 ROWS = {
     "generated": "generated",
     "invalid": "invalid draws",
@@ -155,8 +155,10 @@ def _bests(tried: list[journal.Entry]) -> list[tuple[int, journal.Entry]]:
     how many had been tried.
     """
     found: list[tuple[int, journal.Entry]] = []
+    best = 0.0  # of the first program
     for count, entry in enumerate(tried, 1):
-        if not found or entry.fitness < found[-1][1].fitness:
+        if entry.fitness < best:
+            best = entry.fitness
             found.append((count, entry))
     shown = min(len(found), SHOWN)
     return [found[round(i * (len(found) - 1) / max(1, shown - 1))] for i in range(shown)]

@@ -136,8 +136,8 @@ def _fitness(found: Found) -> tuple[str, Figure]:
     )  # fmt: skip
     panel.axhline(0.0, color="#777777", linewidth=1.2, linestyle="--", label="first program")
     panel.plot(
-        tried, np.where(np.isfinite(medians), medians, np.nan), color="#0072B2", linewidth=2,
-        marker="o" if len(tried) < 3 else None, label="median of the population",
+        tried, np.where(np.isfinite(medians), medians, np.nan), color="#0072B2", linewidth=1,
+        alpha=0.7, marker="o" if len(tried) < 3 else None, label="median of the population",
     )  # fmt: skip
     panel.plot(best, color="#D55E00", linewidth=2.6, drawstyle="steps-post", label="best so far")
     totals = [0, *(_value(record, "restarts") for record in found.records)]
