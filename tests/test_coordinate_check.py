@@ -105,6 +105,7 @@ def test_the_command_writes_a_plot_and_says_by_its_exit_code(tmp_path, capsys):
     assert "fail: of the hidden layers" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_control_runs_for_rules_that_mu_parametrization_refuses(tmp_path):
     """VeLO's own steps are relative to its params."""
     rule = "velo(lstm=4, bank=2)"

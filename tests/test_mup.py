@@ -175,6 +175,7 @@ def test_by_name_it_takes_the_leaves_that_a_partition_leaves_it():
         assert ("bias" in mine) == (float(updates["bias"][0]) != -1.0)
 
 
+@pytest.mark.slow
 def test_gradients_stay_as_they_are_where_that_is_asked(tmp_path):
     """Also of an artifact that is given multipliers: its rule was meta-trained on such."""
     params, grads = random(0), jax.tree.map(lambda g: 1e-3 * g, random(1))
