@@ -52,14 +52,13 @@ class Born(NamedTuple):
 
 @dataclasses.dataclass
 class Child:
-    """On its way to be tried."""
+    """A program that was made. `functional` is empty where its dataflow was seen before."""
 
     parent: int | None
     program: Program
     mutation: Mutation | None
-    how: str
     structural: bytes
-    functional: bytes
+    functional: bytes = b""
 
 
 class Search:
@@ -131,7 +130,8 @@ class Search:
         found = try_all(evaluator, [child.program for child in new], self.recipe.proxies())
         for child, losses in zip(new, found, strict=True):
             self._tried(child, losses)
-        self._join(waiting)
+        for child in waiting:
+            self._join(child, self.functional[child.functional], "functional")
         self._restart_if_stuck()
 
     def run_asynchronously(self, evaluator: Evaluator, until: Callable[[], bool]) -> None:
@@ -154,16 +154,11 @@ class Search:
                     ticket += 1
             for found, losses in evaluator.collect() if under_way else ():
                 self._tried(under_way.pop(found), losses)
-            self._join(child for child in waiting if child.functional in self.functional)
+            for child in waiting:
+                if child.functional in self.functional:
+                    self._join(child, self.functional[child.functional], "functional")
             waiting = [child for child in waiting if child.functional not in self.functional]
             self._restart_if_stuck()
-
-    def _join(self, waiting: Iterable[Child]) -> None:
-        """Children that do what one does that was under way when they were made."""
-        for child in waiting:
-            fitness = self.functional[child.functional]
-            self.structural[child.structural] = fitness
-            self._birth(child.parent, child.program, fitness, child.mutation, child.how, None)
 
     def _children(self, wanted: int, busy: Iterable[bytes] = ()) -> tuple[list[Child], list[Child]]:
         """Up to `wanted` children that must be tried, and those that do what one of these or of the
@@ -177,11 +172,8 @@ class Search:
         while len(new) < wanted and self.counts["generated"] < self.recipe.generated:
             child = self._child()
             if child.structural in self.structural:
-                fitness = self.structural[child.structural]
                 self.counts["structural_hits"] += 1
-                self._birth(
-                    child.parent, child.program, fitness, child.mutation, "structural", None
-                )
+                self._join(child, self.structural[child.structural], "structural")
                 continue
             functional = functional_hash(child.program)
             if functional is None:
@@ -189,14 +181,9 @@ class Search:
                 continue
             child.functional = functional
             if functional in self.functional:
-                fitness = self.functional[functional]
-                self.structural[child.structural] = fitness
                 self.counts["functional_hits"] += 1
-                self._birth(
-                    child.parent, child.program, fitness, child.mutation, "functional", None
-                )
+                self._join(child, self.functional[functional], "functional")
             elif functional in under_way:
-                child.how = "functional"
                 self.counts["functional_hits"] += 1
                 waiting.append(child)
             else:
@@ -215,7 +202,7 @@ class Search:
             program = apply(parent.program, mutation)
         self.counts["invalid"] += failed
         number = None if parent is None else parent.number
-        return Child(number, program, mutation, "evaluated", structural_hash(program), b"")
+        return Child(number, program, mutation, structural_hash(program))
 
     def _parent(self) -> Individual:
         count = 1 if self.recipe.mode == "walk" else self.recipe.tournament
@@ -224,12 +211,15 @@ class Search:
 
     def _tried(self, child: Child, losses: np.ndarray) -> None:
         assert self.reference is not None
-        fitness = score(losses, self.reference)
         self.counts["evaluated"] += 1
-        self.structural[child.structural] = self.functional[child.functional] = fitness
-        self._birth(
-            child.parent, child.program, fitness, child.mutation, child.how, losses.tolist()
-        )
+        fitness = self.functional[child.functional] = score(losses, self.reference)
+        self._join(child, fitness, "evaluated", losses.tolist())
+
+    def _join(
+        self, child: Child, fitness: float, how: str, losses: list[float] | None = None
+    ) -> None:
+        self.structural[child.structural] = fitness
+        self._birth(child.parent, child.program, fitness, child.mutation, how, losses)
 
     def _birth(
         self,
