@@ -107,7 +107,8 @@ def read_recipe(directory: Path, kind: type[AnyRecipe] = Recipe) -> AnyRecipe:
     try:
         return kind.from_json(config.read_text())
     except (TypeError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{config} is not a recipe of this version: {error}") from None
+        what = "a search" if kind is SearchRecipe else "meta-training"
+        raise ValueError(f"{config} is no recipe of {what} in this version: {error}") from None
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import learned_opt
-from cluster import cli, search_conclusion
+from cluster import cli, run_directory, search_conclusion
 from cluster import search as job
 from learned_opt import artifact
 from learned_opt.symbolic import PROGRAMS
@@ -121,6 +121,8 @@ def test_bad_input_is_told_before_work(finished, tmp_path, capsys, monkeypatch):
         assert not (tmp_path / "run").exists()
     with pytest.raises(FileExistsError, match="add --resume"):
         job.run(RECIPE, finished)
+    with pytest.raises(ValueError, match="is no recipe of meta-training in this version"):
+        run_directory.read_recipe(finished)
     with pytest.raises(ValueError, match=r"tasks: .* in the run, 'train/quick' asked for"):
         job.run(SearchRecipe(**{**vars(RECIPE), "tasks": "train/quick"}), finished, resume=True)
 
