@@ -202,6 +202,23 @@ def actors(cls: type, count: int, cpus: int = 1, gpus: float = 0.0) -> list[Any]
     return [actor.remote() for _ in range(count)]
 
 
+def process_ids(workers: Sequence[Any]) -> list[int]:
+    """Of actors that have a method `pid`."""
+    import ray
+
+    return ray.get([worker.pid.remote() for worker in workers])
+
+
+def end(workers: Sequence[Any], connected: bool) -> None:
+    """Ends actors, and if it was made by `connect` the connection, with it a local cluster."""
+    import ray
+
+    for worker in workers:
+        ray.kill(worker)
+    if connected:
+        ray.shutdown()
+
+
 def assigned(loads: Sequence[float], workers: int) -> list[int]:
     """The worker of each part: the largest load first, each to the worker that has the least."""
     totals, found = np.zeros(workers), [0] * len(loads)
@@ -296,7 +313,7 @@ class Remote:
 
     def pids(self) -> list[int]:
         """Process ids of the workers."""
-        return self._ray.get([worker.pid.remote() for worker in self._workers])
+        return process_ids(self._workers)
 
     def compilations(self) -> int:
         """How often the workers have compiled anything: after the first step, never again."""
@@ -304,7 +321,4 @@ class Remote:
 
     def close(self) -> None:
         """Ends the workers, and the connection (with it a local cluster) if it was made here."""
-        for worker in self._workers:
-            self._ray.kill(worker)  # pyright: ignore[reportArgumentType]
-        if self._connected:
-            self._ray.shutdown()
+        end(self._workers, self._connected)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluster.remote import actors, connect
+from cluster.remote import actors, connect, end, process_ids
 from evaluation.curve import Curve, MakeOptimizer, train_from
 from tasks.base import TaskFamily
 
@@ -99,11 +99,8 @@ class TrainingWorkers:
 
     def pids(self) -> list[int]:
         """Process ids of the workers."""
-        return self._ray.get([actor.pid.remote() for actor in self._actors])
+        return process_ids(self._actors)
 
     def close(self) -> None:
         """Ends the workers, and the connection (with it a local cluster) if it was made here."""
-        for actor in self._actors:
-            self._ray.kill(actor)  # pyright: ignore[reportArgumentType]
-        if self._connected:
-            self._ray.shutdown()
+        end(self._actors, self._connected)

@@ -69,7 +69,7 @@ def run(
     if asynchronous and not workers:
         raise ValueError("`asynchronous` needs `workers` of at least 1, got 0")
     recipe = recipe and recipe.with_text()
-    recipe = run_directory.choose_recipe(directory, recipe, resume, SearchRecipe).with_text()
+    recipe = run_directory.choose_recipe(directory, recipe, resume, SearchRecipe)
     recipe.check()
     path = directory / run_directory.ARTIFACT
     if path.exists():
@@ -137,7 +137,7 @@ def _check_tasks(search: Search, evaluator: Evaluator) -> None:
     """Raises ValueError if the first program does not fare as it did when the run began."""
     assert search.first is not None
     assert search.reference is not None
-    (losses,) = try_all(evaluator, [search.first.program], search.recipe.proxies())
+    (losses,) = try_all(evaluator, [search.first.program], search.proxies)
     if losses.shape != search.reference.shape or not np.allclose(
         losses, search.reference, rtol=1e-2
     ):

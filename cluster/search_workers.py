@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.remote import actors, connect
+from cluster.remote import actors, connect, end, process_ids
 from learned_opt.symbolic.program import Program, parse
 from meta_train.search.evaluator import runs
 from meta_train.search.proxies import Proxies
@@ -66,11 +66,8 @@ class SearchWorkers:
 
     def pids(self) -> list[int]:
         """Process ids of the workers."""
-        return self._ray.get([actor.pid.remote() for actor in self._actors])
+        return process_ids(self._actors)
 
     def close(self) -> None:
         """Ends the workers, and the connection (with it a local cluster) if it was made here."""
-        for actor in self._actors:
-            self._ray.kill(actor)  # pyright: ignore[reportArgumentType]
-        if self._connected:
-            self._ray.shutdown()
+        end(self._actors, self._connected)

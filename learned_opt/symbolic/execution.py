@@ -11,7 +11,7 @@ import numpy as np
 
 from learned_opt.symbolic.analysis import INPUT_KINDS, Kind, kinds
 from learned_opt.symbolic.operators import OPERATORS
-from learned_opt.symbolic.program import OUTPUTS, Program
+from learned_opt.symbolic.program import OUTPUTS, Program, constants
 
 Typed = tuple[Kind, Any]
 
@@ -38,21 +38,21 @@ def run(
     program: Program,
     backend: Backend,
     inputs: Mapping[str, Any],
-    constants: Sequence[Any] | None = None,
+    numbers: Sequence[Any] | None = None,
 ) -> dict[str, Any]:
     """The outputs of one step.
 
     Args:
-      constants: in the order of their places, to be used instead of those in the program.
+      numbers: in the order of the text, to be used instead of the constants in it.
 
     Raises:
       ProgramError: the program is ill-typed.
     """
     current: dict[str, Typed] = {name: (INPUT_KINDS[name], x) for name, x in inputs.items()}
-    numbers = iter(constants if constants is not None else places(program))
+    left = iter(numbers if numbers is not None else places(program))
     for statement, kind in zip(program.statements, kinds(program), strict=True):
         arguments = [
-            current[a] if isinstance(a, str) else (Kind.SCALAR, next(numbers))
+            current[a] if isinstance(a, str) else (Kind.SCALAR, next(left))
             for a in statement.arguments
         ]
         current[statement.target] = kind, _apply(backend, statement.operator, kind, arguments)
@@ -61,7 +61,7 @@ def run(
 
 def places(program: Program) -> list[float]:
     """The constants of a program, one for each place where one stands."""
-    return [a for s in program.statements for a in s.arguments if not isinstance(a, str)]
+    return [value for _, _, value in constants(program)]
 
 
 def _apply(backend: Backend, name: str, kind: Kind, arguments: list[Typed]) -> Any:

@@ -59,6 +59,16 @@ class Program:
         return f"def train({', '.join(INPUTS)}):\n{body}    return {', '.join(OUTPUTS)}\n"
 
 
+def constants(program: Program) -> list[tuple[int, int, float]]:
+    """Every constant, in the order of the text: its statement, its position there, its value."""
+    return [
+        (index, position, argument)
+        for index, statement in enumerate(program.statements)
+        for position, argument in enumerate(statement.arguments)
+        if isinstance(argument, float)
+    ]
+
+
 def parse(text: str, source: str = "program") -> Program:
     """The program that `text` is; whether its statements suit one another, `analysis.check` tells.
 

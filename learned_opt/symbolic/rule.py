@@ -12,7 +12,7 @@ import optax
 from learned_opt import base, discovery, fields
 from learned_opt.symbolic import execution
 from learned_opt.symbolic.analysis import dataflow, live, read, simplified
-from learned_opt.symbolic.program import Program, ProgramError
+from learned_opt.symbolic.program import Program, ProgramError, constants
 from learned_opt.symbolic.programs import LION, PROGRAMS
 
 
@@ -71,10 +71,8 @@ class Symbolic:
         written = jnp.asarray(execution.places(program), jnp.float32)
         decays = np.array(
             [
-                s.operator == "interpolate" and position == 2 and 0.0 < argument < 1.0
-                for s in program.statements
-                for position, argument in enumerate(s.arguments)
-                if isinstance(argument, float)
+                program.statements[i].operator == "interpolate" and position == 2 and 0.0 < x < 1.0
+                for i, position, x in constants(program)
             ],
             bool,
         )
@@ -89,7 +87,7 @@ class Symbolic:
         base.check_theta(self, theta)
         program = simplified(self.parsed())
         needed = live(dataflow(program))[1]
-        constants = self.constants(theta)
+        numbers = list(self.constants(theta))
         schedule = cosine(base.require_horizon(self, horizon)) if self.schedule == "cosine" else one
 
         def init(params: base.Params) -> SymbolicState:
@@ -109,7 +107,7 @@ class Symbolic:
                 name: jax.tree.leaves(base.float32(tree)) for name, tree in trees.items()
             }
             inputs["lr"] = schedule(state.count)
-            outputs = execution.run(program, execution.Tree(), inputs, list(constants))
+            outputs = execution.run(program, execution.Tree(), inputs, numbers)
             steps = treedef.unflatten([-u for u in outputs["update"]])
             states = (treedef.unflatten(outputs[s]) if s in needed else () for s in ("m", "v"))
             return base.like_params(steps, params), SymbolicState(state.count + 1, *states)

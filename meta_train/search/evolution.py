@@ -70,7 +70,7 @@ class Search:
 
     def __init__(self, recipe: SearchRecipe, on_birth: Callable[[Born], None] = lambda born: None):
         self.recipe, self.on_birth = recipe, on_birth
-        self.mutator = recipe.mutator()
+        self.mutator, self.proxies = recipe.mutator(), recipe.proxies()
         self.random = np.random.default_rng(recipe.seed)
         self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
         self.population: deque[Individual] = deque()
@@ -112,7 +112,7 @@ class Search:
         """
         candidates = [scaled_rate(program, factor) for factor in FACTORS]
         candidates = list(dict.fromkeys(candidates if self.recipe.tune else [program]))
-        losses = try_all(evaluator, candidates, self.recipe.proxies())
+        losses = try_all(evaluator, candidates, self.proxies)
         best = min(range(len(losses)), key=lambda i: score(losses[i], losses[0]))
         return candidates[best], losses[best]
 
@@ -127,7 +127,7 @@ class Search:
         the order in which they were made.
         """
         new, waiting = self._children(self.recipe.batch)
-        found = try_all(evaluator, [child.program for child in new], self.recipe.proxies())
+        found = try_all(evaluator, [child.program for child in new], self.proxies)
         for child, losses in zip(new, found, strict=True):
             self._tried(child, losses)
         for child in waiting:
@@ -149,7 +149,7 @@ class Search:
                 if not new:
                     break
                 for child in new:
-                    evaluator.submit(ticket, child.program, self.recipe.proxies())
+                    evaluator.submit(ticket, child.program, self.proxies)
                     under_way[ticket] = child
                     ticket += 1
             for found, losses in evaluator.collect() if under_way else ():

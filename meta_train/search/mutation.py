@@ -9,7 +9,13 @@ import numpy as np
 
 from learned_opt.symbolic.analysis import Kind, KindError, check, variables
 from learned_opt.symbolic.operators import OPERATORS
-from learned_opt.symbolic.program import Argument, Program, ProgramError, Statement
+from learned_opt.symbolic.program import (
+    Argument,
+    Program,
+    ProgramError,
+    Statement,
+    constants,
+)
 
 NAMES = tuple(OPERATORS)
 ATTEMPTS = 200
@@ -26,9 +32,6 @@ class Mutation(NamedTuple):
     change: Literal["insert", "delete", "modify"]
     index: int
     statement: Statement | None
-
-    def __str__(self) -> str:
-        return f"{self.change} {self.index}" + (f": {self.statement}" if self.statement else "")
 
 
 def apply(program: Program, mutation: Mutation) -> Program:
@@ -140,23 +143,16 @@ def _rescaled(program: Program, random: np.random.Generator) -> Mutation | None:
     """A constant times 2 ** N(0, 1); half of the time, if it lies in (0, 1), it is its distance
     from 1 that is multiplied: decays.
     """
-    found = [
-        (index, position)
-        for index, statement in enumerate(program.statements)
-        for position, argument in enumerate(statement.arguments)
-        if isinstance(argument, float)
-    ]
+    found = constants(program)
     if not found:
         return None
-    index, position = found[random.integers(len(found))]
-    statement = program.statements[index]
-    value, factor = statement.arguments[position], float(2.0 ** random.normal())
-    assert isinstance(value, float)
+    index, position, value = found[random.integers(len(found))]
+    factor = float(2.0 ** random.normal())
     if 0.0 < value < 1.0 and random.random() < 0.5:
         moved = 1.0 - (1.0 - value) * factor
     else:
         moved = float(np.clip(value * factor, -LARGEST, LARGEST))
-    return Mutation("modify", index, replaced(statement, position, moved))
+    return Mutation("modify", index, replaced(program.statements[index], position, moved))
 
 
 def replaced(statement: Statement, position: int, argument: Argument) -> Statement:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from learned_opt.symbolic.analysis import KindError, check, cost, simplified
 from learned_opt.symbolic.functional import functional_hash
-from learned_opt.symbolic.program import OUTPUTS, Argument, Program, Statement
+from learned_opt.symbolic.program import OUTPUTS, Argument, Program, Statement, constants
 from meta_train.search.mutation import Mutation, apply, replaced
 
 Scores = Callable[[Sequence[Program]], list[float]]  # log losses, lower is better
@@ -51,15 +51,12 @@ def rounder(program: Program) -> Iterator[Program]:
     """Each with one constant rounded to one or two digits (of its distance from 1, between 0.5 and
     1).
     """
-    for index, statement in enumerate(program.statements):
-        for position, argument in enumerate(statement.arguments):
-            if not isinstance(argument, float):
-                continue
-            for digits in (1, 2):
-                rounded = round_constant(argument, digits)
-                if rounded == argument:
-                    break
-                yield _with(program, index, replaced(statement, position, rounded))
+    for index, position, value in constants(program):
+        for digits in (1, 2):
+            rounded = round_constant(value, digits)
+            if rounded == value:
+                break
+            yield _with(program, index, replaced(program.statements[index], position, rounded))
 
 
 def round_constant(value: float, digits: int) -> float:
