@@ -2,6 +2,7 @@
 names the field and what was got.
 """
 
+import math
 from typing import Any
 
 
@@ -58,3 +59,10 @@ def accumulator_decays(rule: Any) -> None:
     equal_channels(rule)
     every = (*rule.momentum_decays, rule.rms_decay, *rule.factored_decays)
     decays("decays", every if rule.momentum_decays else ())
+
+
+def not_negative(rule: Any, *names: str) -> None:
+    """Deviations and weights of penalties."""
+    for name in names:
+        if not 0 <= getattr(rule, name) < math.inf:
+            raise ValueError(f"`{name}` must be finite and not negative, got {getattr(rule, name)}")

@@ -1,0 +1,117 @@
+"""The LSTM that runs along with every coordinate: all coordinates share its weights, each has a
+state of its own (arXiv 1606.04474). As in torch, whose weights the published rules hold.
+
+Arrays are [units, coordinates]: products of small weights with long rows, and gates that are
+contiguous. Sigmoids are written as tanh, one function for all gates.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Layer = dict[str, jax.Array]  # {w [outputs, inputs], b [outputs]}
+
+
+class LayerState(NamedTuple):
+    """[units, coordinates] each."""
+
+    hidden: jax.Array
+    cell: jax.Array
+
+
+LSTMState = tuple[LayerState, ...]
+
+
+def dense_init(key: jax.Array, inputs: int, outputs: int) -> Layer:
+    """torch's: uniform on +-1/sqrt(inputs)."""
+    bound, keys = 1 / math.sqrt(inputs), jax.random.split(key)
+    w = jax.random.uniform(keys[0], (outputs, inputs), minval=-bound, maxval=bound)
+    return {"w": w, "b": jax.random.uniform(keys[1], (outputs,), minval=-bound, maxval=bound)}
+
+
+def dense(theta: Layer, x: jax.Array) -> jax.Array:
+    """[inputs, coordinates] -> [outputs, coordinates]."""
+    return theta["w"] @ x + theta["b"][:, None]
+
+
+def init(key: jax.Array, inputs: int, hidden: int, layers: int) -> dict[str, Layer]:
+    """A layer's weights [4 hidden, inputs + hidden] are those of torch side by side, gates in the
+    order i, f, g, o; its bias is the sum of torch's two, uniform on +-1/sqrt(hidden) each.
+    """
+    bound, theta = 1 / math.sqrt(hidden), {}
+    for layer in range(layers):
+        sizes = 4 * hidden, (hidden if layer else inputs) + hidden
+        keys = jax.random.split(jax.random.fold_in(key, layer))
+        w = jax.random.uniform(keys[0], sizes, minval=-bound, maxval=bound)
+        both = jax.random.uniform(keys[1], (2, sizes[0]), minval=-bound, maxval=bound)
+        theta[f"layer{layer}"] = {"w": w, "b": jnp.sum(both, axis=0)}
+    return theta
+
+
+def start(
+    theta: dict[str, Layer], coordinates: int, scale: float = 0.0, seed: int = 0
+) -> LSTMState:
+    """Zero, or normal numbers of deviation `scale`, which are drawn from `seed`."""
+
+    def layer(key: jax.Array, weights: Layer) -> LayerState:
+        shape = (len(weights["b"]) // 4, coordinates)
+        if scale == 0:
+            return LayerState(jnp.zeros(shape), jnp.zeros(shape))
+        hidden, cell = scale * jax.random.normal(key, (2, *shape))
+        return LayerState(hidden, cell)
+
+    keys = jax.random.split(jax.random.key(seed), len(theta))
+    return tuple(layer(*both) for both in zip(keys, theta.values(), strict=True))
+
+
+def step(theta: dict[str, Layer], x: jax.Array, state: LSTMState) -> tuple[jax.Array, LSTMState]:
+    """Inputs [inputs, coordinates] -> outputs of the last layer [hidden, coordinates], state."""
+    states = []
+    for weights, (hidden, cell) in zip(theta.values(), state, strict=True):
+        # sigmoid(z) = tanh(z / 2) / 2 + 1/2
+        half = np.repeat([0.5, 0.5, 1.0, 0.5], hidden.shape[0]).astype(np.float32)
+        w, b = weights["w"] * half[:, None], weights["b"] * half
+        gates = jnp.tanh(w @ jnp.concatenate([x, hidden]) + b[:, None])
+        i, f, g, o = jnp.split(gates, 4)
+        kept = (0.5 * f + 0.5) * cell + (0.5 * i + 0.5) * g
+        x = (0.5 * o + 0.5) * jnp.tanh(kept)
+        states.append(LayerState(x, kept))
+    return x, tuple(states)
+
+
+def inputs(*arrays: Any) -> jax.Array:
+    """Arrays of one shape -> [arrays, coordinates] float32, cut out of backpropagation: what a
+    network sees of a trajectory is, by the published recipes, not differentiated.
+    """
+    rows = [jnp.asarray(x, jnp.float32).reshape(-1) for x in arrays]
+    return jax.lax.stop_gradient(jnp.stack(rows))
+
+
+def over_leaves(function: Callable[..., tuple], tree: Any, *rest: Any) -> tuple:
+    """`jax.tree.map` of a function of several results: a tuple of trees."""
+    leaves, treedef = jax.tree.flatten(tree)
+    others = [treedef.flatten_up_to(other) for other in rest]
+    found = [function(*args) for args in zip(leaves, *others, strict=True)]
+    return tuple(treedef.unflatten(results) for results in zip(*found, strict=True))
+
+
+def owned(params: Any) -> Any:
+    """A copy in the dtypes of `at_least_float32`: a state that is donated may not share buffers
+    with params that are donated beside it.
+    """
+    return jax.tree.map(jnp.array, at_least_float32(params))
+
+
+def at_least_float32(tree: Any) -> Any:
+    """The leaves in float32, or in float64 where they are: iterates of a convex problem are wanted
+    to more digits than the outputs of a network.
+    """
+
+    def leaf(x: Any) -> jax.Array:
+        return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+    return jax.tree.map(leaf, tree)
