@@ -277,6 +277,45 @@ class Coordcheck:
 
 
 @dataclasses.dataclass(frozen=True)
+class Convex:
+    """Judge proximal optimizers on composite convex problems: by how near they come to the least F,
+    relative to it, beside FISTA with and without restarts.
+
+    Writes results.json, report.html and tables.md. What was judged is kept: the same command goes
+    on from there, be it after Ctrl-C or with other optimizers.
+
+    Example: learned-opt convex --optimizer runs/pa/theta.safetensors constant --suite heldout/lasso
+    """
+
+    optimizer: tuple[str, ...]
+    """Artifacts (files or names; a+b+c pools those of several training seeds), rules with or
+    without fields, which are not trained, and ista, fista, fista_restart, constant, prox_adam,
+    subgradient_adam, the last three tuned for every set."""
+    suite: str = "heldout/lasso"
+    """Suite of composite tasks, or one family with its fields, e.g. "lasso(rows=25)"."""
+    instances: int = 256
+    """Problems of every set."""
+    iterations: int = 1000
+    """Iterations of every run; the horizon that optimizers are told."""
+    tuning_instances: int = 32
+    """Other problems of every set, by which baselines are tuned."""
+    tune_at: int = 100
+    """Iteration at which their suboptimality is judged in tuning."""
+    seed: int = 0
+    """Seed of the problems."""
+    out_dir: Path = Path("runs/convex")
+    """Directory for results.json, report.html and tables.md."""
+
+    def run(self) -> None:
+        from cluster import convex
+
+        budget = convex.Budget(
+            self.instances, self.iterations, self.tuning_instances, self.tune_at, self.seed
+        )
+        convex.run(self.optimizer, self.suite, budget, self.out_dir)
+
+
+@dataclasses.dataclass(frozen=True)
 class Convert:
     """Turn published weights (flax msgpack `theta.state`, PyLO safetensors) into an artifact.
 
@@ -358,6 +397,7 @@ COMMANDS = {
     "report": Report,
     "cost": Cost,
     "coordcheck": Coordcheck,
+    "convex": Convex,
     "convert": Convert,
     "export": Export,
     "tasks": Tasks,
@@ -421,6 +461,8 @@ def main(arguments: list[str] | None = None) -> None:
             hint = f" The last complete step is kept; go on with --resume --run-dir {where}."
         if isinstance(command, Evaluate):
             hint = " Baselines that were tuned are kept; the same command goes on from there."
+        if isinstance(command, Convex):
+            hint = " What was judged is kept; the same command goes on from there."
         print(f"\nstopped.{hint}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, TypeError, OSError) as error:

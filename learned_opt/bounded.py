@@ -93,6 +93,7 @@ class BoundedLSTM:
     ) -> optax.GradientTransformationExtraArgs:
         del horizon
         base.check_theta(self, theta)
+        theta = base.float32(theta)  # also where init has drawn float64
 
         def init(params: base.Params) -> BoundedState:
             base.check_params(params)

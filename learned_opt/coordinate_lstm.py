@@ -60,8 +60,8 @@ def start(
     def layer(key: jax.Array, weights: Layer) -> LayerState:
         shape = (len(weights["b"]) // 4, coordinates)
         if scale == 0:
-            return LayerState(jnp.zeros(shape), jnp.zeros(shape))
-        hidden, cell = scale * jax.random.normal(key, (2, *shape))
+            return LayerState(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+        hidden, cell = scale * jax.random.normal(key, (2, *shape), jnp.float32)
         return LayerState(hidden, cell)
 
     keys = jax.random.split(jax.random.key(seed), len(theta))

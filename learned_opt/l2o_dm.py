@@ -52,6 +52,7 @@ class L2ODM:
     ) -> optax.GradientTransformationExtraArgs:
         del horizon
         base.check_theta(self, theta)
+        theta = base.float32(theta)  # also where init has drawn float64
 
         def init(params: base.Params):
             base.check_params(params)

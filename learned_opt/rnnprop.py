@@ -67,6 +67,7 @@ class RNNprop:
     ) -> optax.GradientTransformationExtraArgs:
         del horizon
         base.check_theta(self, theta)
+        theta = base.float32(theta)  # also where init has drawn float64
         moments = optax.scale_by_adam(self.decay, self.decay, EPSILON)
 
         def init(params: base.Params) -> RNNpropState:

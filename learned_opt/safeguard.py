@@ -16,16 +16,20 @@ from learned_opt.bounded import RESTARTED, BoundedLSTM
 from learned_opt.coordinate_lstm import at_least_float32, owned
 from learned_opt.structured import StructuredLSTM, composite, like
 
+ROUNDING = 16.0  # units of it, in which sums of a loss may differ
+
 
 class SafeguardState(NamedTuple):
-    """`x`, like the params, is the proximal step from the best point so far, `residual` the length
-    of that step, `forced` whether the next point is the new best one whatever it is. `inner` is the
-    rule's state, while `left`, of `lent` steps that are not the rule's, is 0. `waited` counts the
-    steps since the best point was visited. `previous` and `clock` are FISTA's.
+    """`x`, like the params, is the proximal step from the best point so far, the solution;
+    `residual` the length of that step, `value` F at that point, if it is told, and `forced` whether
+    the next point is the new best one whatever it is. `inner` is the rule's state, which acts while
+    `left`, of `lent` steps that are not its own, is 0. `waited` counts the steps since the best
+    point was visited. `previous` and `clock` are FISTA's.
     """
 
     x: Any
     residual: jax.Array
+    value: jax.Array
     forced: jax.Array
     inner: Any
     left: jax.Array
@@ -41,7 +45,9 @@ class Safeguarded:
     where the gradient is: the test costs no evaluation. A point y that was visited becomes the best
     one, w, if
 
-        r(y) <= (1 - decrease) r(w).
+        r(y) <= (1 - decrease) r(w)
+
+    and, where the loss is told as `value`, F(y) <= F(w) but for rounding.
 
     After `patience` steps without one, or when a residual is not finite or above `blow_up` r(w), or
     when the rule wants to go further from T(w) than `reach` r(w), the next point is T(w), which is
@@ -58,7 +64,8 @@ class Safeguarded:
     that passes to the one before it is at most (reach + 1) r(w), which is a summable sequence, and
     T(w) is no further from any minimiser than w; so w is quasi-Fejer monotone, thus bounded, and as
     r is continuous it converges to a fixed point of T. No rate is proved but that of the averaged
-    iteration when the test passes no more. That it is faster than FISTA is only measured.
+    iteration when the test passes no more. With `value`, F(x) is at most F at the start; the
+    params, which are extrapolated, may be above it. That it is faster than FISTA is only measured.
 
     For one problem, `lipschitz` one number; under vmap for more. Needs `prox` and `lipschitz`, and
     what the rule needs. theta is the rule's.
@@ -68,10 +75,10 @@ class Safeguarded:
     """
 
     rule: base.LearnedOptimizer
-    patience: int = 20
+    patience: int = 40
     decrease: float = 0.01
     reach: float = 1e4
-    blow_up: float = 100.0
+    blow_up: float = 1e3
     first_loan: int = 20
 
     def __post_init__(self):
@@ -97,13 +104,14 @@ class Safeguarded:
             return SafeguardState(
                 x=owned(params),
                 residual=jnp.asarray(jnp.inf, jnp.float32),
+                value=jnp.asarray(jnp.inf, jnp.result_type(*jax.tree.leaves(owned(params)))),
                 forced=jnp.asarray(True),
                 inner=inner,
                 left=none(),
                 lent=none(),
                 waited=none(),
                 previous=owned(params),
-                clock=jnp.ones(()),
+                clock=jnp.ones((), jnp.float32),
             )
 
         def update(updates, state, params=None, **extra_args):
@@ -119,8 +127,13 @@ class Safeguarded:
             target = problem.prox(optax.tree.add_scale(y, -size, grads), like(size, y))
             residual = optax.tree.norm(optax.tree.sub(target, y))
             passed = residual <= (1 - self.decrease) * state.residual
-            best = (passed | state.forced) & jnp.isfinite(residual)
-            x, record = select(best, (target, residual), (state.x, state.residual))
+            value = jnp.asarray(extra_args.get("value", state.value), state.value.dtype)
+            slack = ROUNDING * jnp.finfo(value.dtype).eps * jnp.abs(state.value)
+            lower = (value <= state.value) | (value - state.value <= slack)
+            best = (passed & lower | state.forced) & jnp.isfinite(residual)
+            x, record, value = select(
+                best, (target, residual, value), (state.x, state.residual, state.value)
+            )
             waited = jnp.where(best, 0, state.waited + 1)
 
             lending = state.left > 0
@@ -141,11 +154,12 @@ class Safeguarded:
             new = select(failed, x, new)
             # who takes over begins afresh: FISTA at T(w), the rule where FISTA ended
             previous = select(failed, x, select(lending, previous, target))
-            clock = jnp.where(failed | ~lending, 1.0, clock)
+            clock = jnp.where(failed | ~lending, jnp.ones_like(clock), clock)
             fresh = rule.init(base.like_params(new, params))
             after = SafeguardState(
                 x,
                 record,
+                value,
                 failed,
                 select(lending | failed, fresh, inner),
                 left,
@@ -170,7 +184,8 @@ def _fista(y: Any, x: Any, previous: Any, clock: jax.Array) -> tuple[Any, Any, j
     moved = optax.tree.sub(x, previous)
     uphill = jnp.asarray(optax.tree.vdot(optax.tree.sub(y, x), moved)) > 0
     momentum = jnp.where(uphill, 0.0, (clock - 1) / ahead)
-    return optax.tree.add_scale(x, momentum, moved), x, jnp.where(uphill, RESTARTED, ahead)
+    clock = jnp.where(uphill, RESTARTED, ahead).astype(clock.dtype)
+    return optax.tree.add_scale(x, momentum, moved), x, clock
 
 
 EXAMPLES = (Safeguarded(BoundedLSTM(hidden=4)),)

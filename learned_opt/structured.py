@@ -193,6 +193,7 @@ class StructuredLSTM:
     ) -> optax.GradientTransformationExtraArgs:
         del horizon
         base.check_theta(self, theta)
+        theta = base.float32(theta)  # also where init has drawn float64
 
         def init(params: base.Params) -> StructuredState:
             base.check_params(params)

@@ -4,7 +4,8 @@ trained on, nor with the suites by which meta-trained optimizers are selected (m
 By data: `train/*` has digits, glyphs, china, shapes, teacher, wine, iris, friedman and python_docs;
 `metaval/*` petals, spirals, diabetes and sklearn_docs; `heldout/*` runes, flower, waveform,
 breast_cancer, python_code and numpy_docs. The quick suites, of the quickstart, share digits, in
-halves that share no row.
+halves that share no row. The convex suites draw their problems, which are of other keys in
+training and evaluation, but for breast_cancer and flower.
 """
 
 import dataclasses
@@ -17,6 +18,15 @@ from tasks.autoencoder import Autoencoder
 from tasks.base import TaskFamily
 from tasks.bfloat16 import Bfloat16
 from tasks.conv_net import ConvNet
+from tasks.convex import (
+    BoxQuadratic,
+    ElasticNetRegression,
+    Lasso,
+    LogisticL1,
+    NonNegativeRegression,
+    PatchLasso,
+    TabularLogistic,
+)
 from tasks.data import Dataset, unknown_name
 from tasks.dynamic import Dynamic
 from tasks.es_loss import ESLoss
@@ -32,6 +42,7 @@ from tasks.image_mlp import ImageMLP
 from tasks.landscapes import Landscape
 from tasks.matrix_factorization import MatrixFactorization
 from tasks.mlp import MLP
+from tasks.patches import Patches
 from tasks.quadratic import Quadratic
 from tasks.reduced_batch import ReducedBatch
 from tasks.reparam import Reparam
@@ -200,6 +211,54 @@ def _heldout_wide() -> Suite:
     }
 
 
+def _train_convex() -> Suite:
+    """Convex problems F = f + r of other penalties, conditioning and units than a plain LASSO's."""
+    drawn = {"density": (0.03, 0.3), "coherence": (0.0, 0.9)}
+    return {
+        "lasso": Lasso(40, 80, noise=(0.0, 0.3), rho=(0.02, 0.5), **drawn),
+        "elastic_net": ElasticNetRegression(
+            30, 60, noise=(0.0, 0.3), rho=(0.02, 0.5), ridge=(0.01, 1.0), **drawn
+        ),
+        # without noise the least F may be 0
+        "nnls": NonNegativeRegression(60, 30, noise=(0.05, 0.5), **drawn),
+        "logistic": LogisticL1(100, 30, density=(0.1, 0.6), noise=(0.0, 0.2), rho=(0.003, 0.1)),
+        "box_quadratic": BoxQuadratic(30, condition=(3.0, 1e3), scale=(0.3, 3.0)),
+    }
+
+
+def _heldout_lasso() -> Suite:
+    """train/lasso, and what is unlike it in one respect, of which it has the name."""
+    return {
+        "lasso": Lasso(),
+        "signal_10": Lasso(scale=10.0),
+        "signal_0.1": Lasso(scale=0.1),
+        "density_0.3": Lasso(density=0.3),
+        "density_0.02": Lasso(density=0.02),
+        "noise_0.5": Lasso(noise=0.5),
+        "coherence_0.5": Lasso(coherence=0.5),
+        "coherence_0.9": Lasso(coherence=0.9),
+        "rho_0.01": Lasso(rho=0.01),
+        "rho_0.5": Lasso(rho=0.5),
+        # the same problems in other units: rho has those of the matrix squared
+        "matrix_scale_0.01": Lasso(matrix_scale=1e-2, rho=1e-5),
+        "matrix_scale_100": Lasso(matrix_scale=1e2, rho=1e3),
+        "size_25x50": Lasso(25, 50),
+        "size_100x200": Lasso(100, 200),
+        "size_250x500": Lasso(250, 500),
+        "patches": PatchLasso("flower"),
+    }
+
+
+def _heldout_convex() -> Suite:
+    return {
+        "elastic_net": ElasticNetRegression(),
+        "nnls": NonNegativeRegression(),
+        "box_quadratic": BoxQuadratic(),
+        "logistic": LogisticL1(rho=0.02),
+        "breast_cancer_logistic": TabularLogistic("breast_cancer"),
+    }
+
+
 # Functions, so that listing the names loads no data.
 SUITES: dict[str, Callable[[], Suite]] = {
     "train/quick": _train_quick,
@@ -208,11 +267,15 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "train/proxies": _train_proxies,
     "train/widths": functools.partial(_train_widths, None),
     "train/mup_widths": functools.partial(_train_widths, 128),
+    "train/lasso": lambda: {"lasso": Lasso()},
+    "train/convex": _train_convex,
     "metaval/small": _metaval_small,
     "heldout/quick": _heldout_quick,
     "heldout/small": _heldout_small,
     "heldout/proxies": _heldout_proxies,
     "heldout/wide": _heldout_wide,
+    "heldout/lasso": _heldout_lasso,
+    "heldout/convex": _heldout_convex,
 }
 
 
@@ -227,9 +290,9 @@ def suite(name: str) -> Suite:
     return SUITES[name]()
 
 
-def datasets(family: Any) -> list[Dataset | Text]:
+def datasets(family: Any) -> list[Dataset | Text | Patches]:
     """What a family, or any dataclass, holds of them."""
-    if isinstance(family, Dataset | Text):
+    if isinstance(family, Dataset | Text | Patches):
         return [family]
     if not dataclasses.is_dataclass(family):
         return []

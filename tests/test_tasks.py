@@ -50,7 +50,8 @@ def test_vmapped_training_is_finite_deterministic_and_progresses(index):
     assert losses.shape == (3, STEPS)
     assert np.isfinite(losses).all()
     np.testing.assert_array_equal(losses[0], losses[1])
-    assert (losses[0] != losses[2]).all()
+    # the first may be equal: that of a start at zero, where no data are seen
+    assert (losses[0, 1:] != losses[2, 1:]).all()
     assert (losses[:, -10:].mean(axis=1) < 0.8 * losses[:, :5].mean(axis=1)).all()
     assert ((normalised >= 0) & (normalised <= 2)).all()
     assert (normalised[:, -10:].mean(axis=1) < normalised[:, :5].mean(axis=1)).all()
