@@ -289,8 +289,8 @@ class Convex:
 
     optimizer: tuple[str, ...]
     """Artifacts (files or names; a+b+c pools those of several training seeds), rules with or
-    without fields, which are not trained, and ista, fista, fista_restart, constant, prox_adam,
-    subgradient_adam, the last three tuned for every set."""
+    without fields, which are not trained, and ista, fista, fista_restart, fista_curvature,
+    constant, prox_adam, subgradient_adam, the last three tuned for every set."""
     suite: str = "heldout/lasso"
     """Suite of composite tasks, or one family with its fields, e.g. "lasso(rows=25)"."""
     instances: int = 256

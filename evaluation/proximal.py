@@ -106,9 +106,9 @@ def fista_curvature(
     """
 
     def init(params: Params) -> CurvatureState:
-        x = _at_least_float32(params)
-        zeros = jax.tree.map(jnp.zeros_like, x)
-        return CurvatureState(x, jax.tree.map(jnp.ones_like, x), x, zeros, zeros)
+        x, zeros = _owned(params), functools.partial(jax.tree.map, jnp.zeros_like)
+        ones = jax.tree.map(jnp.ones_like, x)
+        return CurvatureState(x, ones, _owned(params), zeros(x), zeros(x))
 
     def update(updates, state, params=None, **extra_args):
         prox, lipschitz = _required("fista_curvature", params, extra_args, "prox", "lipschitz")
@@ -153,9 +153,8 @@ def prox_adam(
     """
 
     def init(params: Params) -> ProxAdamState:
-        x = _at_least_float32(params)
-        zeros = jax.tree.map(jnp.zeros_like, x)
-        return ProxAdamState(x, zeros, zeros, jnp.zeros((), jnp.int32))
+        x, zeros = _owned(params), functools.partial(jax.tree.map, jnp.zeros_like)
+        return ProxAdamState(x, zeros(x), zeros(x), jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None, **extra_args):
         (prox,) = _required("prox_adam", params, extra_args, "prox")
@@ -197,7 +196,7 @@ def _accelerated(name: str, p: Any, momentum: Callable) -> optax.GradientTransfo
     """`momentum(state, y, x', lipschitz)` gives a, like the params, and the next t."""
 
     def init(params: Params) -> ProximalState:
-        x = _at_least_float32(params)
+        x = _owned(params)
         return ProximalState(x, jax.tree.map(jnp.ones_like, x))
 
     def update(updates, state, params=None, **extra_args):
@@ -246,6 +245,11 @@ def _at_least_float32(tree: Any) -> Any:
         return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
     return jax.tree.map(leaf, tree)
+
+
+def _owned(params: Params) -> Params:
+    """A copy: a state that is donated may not share buffers with params donated beside it."""
+    return jax.tree.map(jnp.array, _at_least_float32(params))
 
 
 def _moves(new: Params, y: Params, params: Params) -> Params:

@@ -257,17 +257,16 @@ def _looks(found: Comparison) -> dict[str, tuple[dict[str, Any], bool]]:
     """Style of each row, and whether it has a band: contenders thick."""
     rows = next(iter(found.sets.values()))
     contenders = [name for name, row in rows.items() if row.kind == "contender"]
-    own = itertools.cycle(CONTENDER_COLOURS)
+    lines = "-", (0, (5, 1)), (0, (1, 1))
+    own = itertools.cycle(itertools.product(lines, CONTENDER_COLOURS))
     free = [c for c in BASELINE_COLOURS if c not in CONTENDER_COLOURS[: len(contenders)]]
-    others = itertools.cycle(itertools.product(("-", (0, (5, 1)), (0, (1, 1))), free))
+    others = itertools.cycle(itertools.product(lines, free))
     banded = [REFERENCE, *contenders][:MOST_SHADED]
     looks = {}
     # the reference first, for the strongest of the others' colours
     for name in sorted(rows, key=lambda name: name != REFERENCE):
-        if name in contenders:
-            style = {"color": next(own), "linewidth": 2.4, "zorder": 4}
-        else:
-            dashes, colour = next(others)
-            style = {"color": colour, "linestyle": dashes, "linewidth": 1.4, "zorder": 3}
+        dashes, colour = next(own if name in contenders else others)
+        width, order = (2.4, 4) if name in contenders else (1.4, 3)
+        style = {"color": colour, "linestyle": dashes, "linewidth": width, "zorder": order}
         looks[name] = (style, name in banded)
     return {name: looks[name] for name in rows}

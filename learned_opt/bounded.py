@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from learned_opt import base, coordinate_lstm, fields
-from learned_opt.coordinate_lstm import LSTMState, at_least_float32, over_leaves, owned
-from learned_opt.structured import composite, descend, like
+from learned_opt.coordinate_lstm import LSTMState
+from learned_opt.proximal import at_least_float32, descend, like, over_leaves, owned, told
 
 FEATURES = 10
 TINY = 1e-30  # a norm that is none; its square is a float32 number
@@ -64,7 +64,7 @@ class BoundedLSTM:
     All inputs of the LSTM are ratios: with (f, r, x) replaced by (s f, s r, x), or x by s x
     throughout, the trajectory is the same, or s times the same. `init` gives a network whose last
     layer is zero: f = 0.97, s = 1, a tuned classical method. Needs neither loss nor horizon, but
-    `prox` and `lipschitz`, see `structured.Composite`; problems that are stacked, with `lipschitz`
+    `prox` and `lipschitz`, see `proximal.Proximal`; problems that are stacked, with `lipschitz`
     [P, 1] for params [P, N], are told apart.
 
     Args:
@@ -104,11 +104,9 @@ class BoundedLSTM:
 
         def update(updates, state, params=None, **extra_args):
             base.check_update(self, params)
-            problem = composite(self, extra_args)
+            problem = told(self, extra_args)
             y = at_least_float32(params)
-            whole = jax.tree.map(
-                lambda y: jnp.broadcast_to(problem.step, y.shape).astype(y.dtype), y
-            )
+            whole = like(problem.step, y)
             # as steps of gradient descent: in the units of the params
             grads = jax.tree.map(jnp.multiply, whole, at_least_float32(updates))
             descent = optax.tree.sub(problem.prox(optax.tree.sub(y, grads), whole), y)
@@ -117,7 +115,9 @@ class BoundedLSTM:
             over = functools.partial(per_problem, problem.step)
             curvature = self._curvature(over, state, y, grads)
             rows = _features(over, state, y, grads, descent, curvature, momentum)
-            share, tilt, lstm = over_leaves(functools.partial(_heads, theta), y, rows, state.lstm)
+            share, tilt, lstm = over_leaves(
+                3, functools.partial(_heads, theta), y, rows, state.lstm
+            )
             a = jax.tree.map(lambda m, s: s * m / (1 - m + s * m), momentum, tilt)
             p = jax.tree.map(lambda f, a, c: f * (2 + 2 * a) / (1 + 2 * a) / c, share, a, curvature)
             x = problem.prox(descend(y, p, grads), jax.tree.map(jnp.multiply, p, whole))
@@ -135,17 +135,21 @@ class BoundedLSTM:
         """Of the quadratic that the last two gradients and points fit, or of those before, less a
         tenth per step.
         """
-        change = optax.tree.sub(grads, state.grads)
-        along = over(jax.tree.map(lambda d, new, old: d * (new - old), change, y, state.y))
-        size = over(jax.tree.map(jnp.square, change))
+        change, way = optax.tree.sub(grads, state.grads), optax.tree.sub(y, state.y)
+        along = over(jax.tree.map(jnp.multiply, change, way))
+        norms = [over(jax.tree.map(jnp.square, tree)) for tree in (change, way)]
 
-        def leaf(before: jax.Array, along: jax.Array, size: jax.Array) -> jax.Array:
-            seen = jnp.where(along > 0, size / jnp.where(along > 0, along, 1), 1)
+        def leaf(before: jax.Array, along: jax.Array, *squares: jax.Array) -> jax.Array:
+            told = along > 0
+            change, way = (jnp.sqrt(jnp.where(told, square, 1)) for square in squares)
+            # |change|^2 / along, whose own derivative would overflow where steps are small
+            cosine = along / change / way
+            seen = jnp.where(told, change / way / jnp.where(told, cosine, 1), 1)
             # before there is anything to go by, and where nothing moved, the bound
             known = jnp.where(before > 0, jnp.maximum(seen, DECAY * before), 1)
             return jnp.clip(known, self.least_curvature, 1)
 
-        return jax.tree.map(leaf, state.curvature, along, size)
+        return jax.tree.map(leaf, state.curvature, along, *norms)
 
 
 def per_problem(step: jax.Array, tree: Any) -> Any:
@@ -154,7 +158,7 @@ def per_problem(step: jax.Array, tree: Any) -> Any:
     """
     axes = None if step.ndim == 0 else tuple(i for i, n in enumerate(step.shape) if n == 1)
     sums = [jnp.sum(x, axes, keepdims=axes is not None) for x in jax.tree.leaves(tree)]
-    return like(sum(sums[1:], start=sums[0]), tree)
+    return like(sum(sums[1:], start=sums[0]), tree) if sums else tree
 
 
 def _features(
@@ -188,9 +192,9 @@ def _heads(
     """f and s, see `BoundedLSTM`."""
     out, state = coordinate_lstm.step(theta["lstm"], coordinate_lstm.inputs(*rows), state)
     share, tilt = coordinate_lstm.dense(theta["heads"], out)
-    share = jax.nn.sigmoid(share + math.log(NEAR / (1 - NEAR)))
-    # within 1e4: so that 0 and infinity stay out of reach
-    tilt = jnp.exp(jnp.clip(tilt, -9, 9))
+    # so that 0, 1 and infinity stay out of reach, of rounding, too
+    share, tilt = jnp.clip(share, -9, 9), jnp.clip(tilt, -9, 9)
+    share, tilt = jax.nn.sigmoid(share + math.log(NEAR / (1 - NEAR))), jnp.exp(tilt)
     return share.reshape(y.shape).astype(y.dtype), tilt.reshape(y.shape).astype(y.dtype), state
 
 

@@ -6,7 +6,6 @@ contiguous. Sigmoids are written as tanh, one function for all gates.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -89,29 +88,3 @@ def inputs(*arrays: Any) -> jax.Array:
     """
     rows = [jnp.asarray(x, jnp.float32).reshape(-1) for x in arrays]
     return jax.lax.stop_gradient(jnp.stack(rows))
-
-
-def over_leaves(function: Callable[..., tuple], tree: Any, *rest: Any) -> tuple:
-    """`jax.tree.map` of a function of several results: a tuple of trees."""
-    leaves, treedef = jax.tree.flatten(tree)
-    others = [treedef.flatten_up_to(other) for other in rest]
-    found = [function(*args) for args in zip(leaves, *others, strict=True)]
-    return tuple(treedef.unflatten(results) for results in zip(*found, strict=True))
-
-
-def owned(params: Any) -> Any:
-    """A copy in the dtypes of `at_least_float32`: a state that is donated may not share buffers
-    with params that are donated beside it.
-    """
-    return jax.tree.map(jnp.array, at_least_float32(params))
-
-
-def at_least_float32(tree: Any) -> Any:
-    """The leaves in float32, or in float64 where they are: iterates of a convex problem are wanted
-    to more digits than the outputs of a network.
-    """
-
-    def leaf(x: Any) -> jax.Array:
-        return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
-
-    return jax.tree.map(leaf, tree)

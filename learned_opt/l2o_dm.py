@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from learned_opt import base, coordinate_lstm, fields
-from learned_opt.coordinate_lstm import LSTMState, at_least_float32
-from learned_opt.structured import subgradient
+from learned_opt.coordinate_lstm import LSTMState
+from learned_opt.proximal import at_least_float32, over_leaves, subgradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +62,8 @@ class L2ODM:
         def update(updates, state, params=None, **extra_args):
             base.check_update(self, params)
             grads = subgradient(updates, params, extra_args)
-            moved, state = coordinate_lstm.over_leaves(
-                functools.partial(self._moved, theta), grads, at_least_float32(params), state
+            moved, state = over_leaves(
+                2, functools.partial(self._moved, theta), grads, at_least_float32(params), state
             )
             return base.like_params(moved, params), state
 

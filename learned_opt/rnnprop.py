@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from learned_opt import base, coordinate_lstm, fields
-from learned_opt.coordinate_lstm import LSTMState, at_least_float32
-from learned_opt.structured import subgradient
+from learned_opt.coordinate_lstm import LSTMState
+from learned_opt.proximal import at_least_float32, over_leaves, subgradient
 
 EPSILON = 1e-8
 
@@ -83,8 +83,8 @@ class RNNprop:
             assert isinstance(adam, optax.ScaleByAdamState)
             squares: Any = optax.tree.bias_correction(adam.nu, self.decay, adam.count)
             relative = jax.tree.map(lambda g, s: g / (jnp.sqrt(s) + EPSILON), grads, squares)
-            moved, lstm = coordinate_lstm.over_leaves(
-                functools.partial(self._moved, theta), relative, momentum, state.lstm
+            moved, lstm = over_leaves(
+                2, functools.partial(self._moved, theta), relative, momentum, state.lstm
             )
             return base.like_params(moved, params), RNNpropState(adam, lstm)
 

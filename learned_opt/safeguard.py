@@ -5,6 +5,7 @@ converges, whatever the rule does.
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +14,8 @@ import optax
 
 from learned_opt import base, fields
 from learned_opt.bounded import RESTARTED, BoundedLSTM
-from learned_opt.coordinate_lstm import at_least_float32, owned
-from learned_opt.structured import StructuredLSTM, composite, like
+from learned_opt.proximal import at_least_float32, like, owned, told
+from learned_opt.structured import StructuredLSTM
 
 ROUNDING = 16.0  # units of it, in which sums of a loss may differ
 
@@ -41,31 +42,34 @@ class SafeguardState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Safeguarded:
-    """`rule`, watched. Let T(y) = prox(y - g(y) / L, 1 / L) and r(y) = |y - T(y)|, which is known
-    where the gradient is: the test costs no evaluation. A point y that was visited becomes the best
-    one, w, if
+    """`rule`, watched. Let T(y) = prox(y - g(y) / L, 1 / L), with a step of 0.9999 / L, and
+    R(y) = |y - T(y)|, which costs no gradient more than the rule's own. A point y that was visited
+    becomes the best one, w, if
 
-        r(y) <= (1 - decrease) r(w)
+        R(y) <= (1 - decrease) R(w)
 
     and, where the loss is told as `value`, F(y) <= F(w) but for rounding.
 
-    After `patience` steps without one, or when a residual is not finite or above `blow_up` r(w), or
-    when the rule wants to go further from T(w) than `reach` r(w), the next point is T(w), which is
-    accepted whatever it is; and the following steps are FISTA's, restarted where they go uphill:
-    `first_loan` of them the first time, then twice as many as before. They are watched alike, with
-    the patience that the loan allows.
+    After `patience` steps of the rule without one, or when a residual is not finite or above
+    `blow_up` R(w), or when the next point would be further from T(w) than `reach` R(w), the next
+    point is T(w), which is accepted whatever it is; and the following steps are FISTA's, restarted
+    where they go uphill: `first_loan` of them the first time, then twice as many as before. Points
+    that these visit are judged alike.
 
     What is proved, for every rule, theta and input, f convex with an L-Lipschitz gradient, r closed
     and convex, F with a minimiser, in exact arithmetic: w converges to a minimiser. T is an
-    averaged operator whose fixed points are the minimisers, so r(T(w)) <= r(w), and residuals of
+    averaged operator whose fixed points are the minimisers, so R(T(w)) <= R(w), and residuals of
     best points do not increase. After each best point there is another, after finitely many steps.
-    If infinitely many pass the test, r(w) -> 0 geometrically in their number; else all but finitely
-    many are T(w), the iteration of an averaged operator, for which r(w) -> 0, too. From a point
-    that passes to the one before it is at most (reach + 1) r(w), which is a summable sequence, and
+    If infinitely many pass the test, R(w) -> 0 geometrically in their number; else all but finitely
+    many are T(w), the iteration of an averaged operator, for which R(w) -> 0, too. From a point
+    that passes to the one before it is at most (reach + 1) R(w), which is a summable sequence, and
     T(w) is no further from any minimiser than w; so w is quasi-Fejer monotone, thus bounded, and as
-    r is continuous it converges to a fixed point of T. No rate is proved but that of the averaged
-    iteration when the test passes no more. With `value`, F(x) is at most F at the start; the
-    params, which are extrapolated, may be above it. That it is faster than FISTA is only measured.
+    R is continuous it converges to a fixed point of T. No rate is proved but that of the averaged
+    iteration when the test passes no more.
+
+    Where `value` is F itself at the params (of a penalty that is finite everywhere), F(x) is never
+    above F at the start; the params, which are extrapolated, may be. That it is faster than FISTA
+    is only measured.
 
     For one problem, `lipschitz` one number; under vmap for more. Needs `prox` and `lipschitz`, and
     what the rule needs. theta is the rule's.
@@ -84,13 +88,27 @@ class Safeguarded:
     def __post_init__(self):
         if not isinstance(self.rule, base.LearnedOptimizer) or isinstance(self.rule, type):
             raise TypeError(f"`rule` must be a learned optimizer, got {self.rule!r}")
-        fields.at_least_one(self, "patience", "first_loan")
+        for name in ("patience", "first_loan"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(
+                    f"`{name}` must be an integer of at least 1, got {getattr(self, name)!r}"
+                )
         fields.positive(self, "reach", "blow_up")
+        if not self.reach < math.inf:
+            raise ValueError("`reach` must be finite, or nothing is proved, got inf")
         if not 0 < self.decrease < 1:
             raise ValueError(f"`decrease` must be between 0 and 1, got {self.decrease}")
 
     def init(self, key: base.Key) -> base.Theta:
         return self.rule.init(key)
+
+    def _value(self, extra_args: dict[str, Any], before: jax.Array) -> jax.Array:
+        """The loss if it is told, else that of before, which is not above itself."""
+        if extra_args.get("value") is None:
+            return before
+        base.require_value(self, extra_args)  # which checks it; the params may have more digits
+        value = jnp.asarray(extra_args["value"], before.dtype)
+        return jnp.where(jnp.isnan(value), jnp.inf, value)
 
     def optimizer(
         self, theta: base.Theta, horizon: base.Horizon = None
@@ -100,11 +118,12 @@ class Safeguarded:
 
         def init(params: base.Params) -> SafeguardState:
             inner = rule.init(params)  # which checks them
+            dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
             none = functools.partial(jnp.zeros, (), jnp.int32)
             return SafeguardState(
                 x=owned(params),
                 residual=jnp.asarray(jnp.inf, jnp.float32),
-                value=jnp.asarray(jnp.inf, jnp.result_type(*jax.tree.leaves(owned(params)))),
+                value=jnp.asarray(jnp.inf, dtype),
                 forced=jnp.asarray(True),
                 inner=inner,
                 left=none(),
@@ -116,7 +135,7 @@ class Safeguarded:
 
         def update(updates, state, params=None, **extra_args):
             base.check_update(self, params)
-            problem = composite(self, extra_args)
+            problem = told(self, extra_args)
             if problem.step.size > 1:
                 raise ValueError(
                     "`lipschitz` of Safeguarded must be one number, got shape "
@@ -127,7 +146,7 @@ class Safeguarded:
             target = problem.prox(optax.tree.add_scale(y, -size, grads), like(size, y))
             residual = optax.tree.norm(optax.tree.sub(target, y))
             passed = residual <= (1 - self.decrease) * state.residual
-            value = jnp.asarray(extra_args.get("value", state.value), state.value.dtype)
+            value = self._value(extra_args, state.value)
             slack = ROUNDING * jnp.finfo(value.dtype).eps * jnp.abs(state.value)
             lower = (value <= state.value) | (value - state.value <= slack)
             best = (passed & lower | state.forced) & jnp.isfinite(residual)
@@ -144,8 +163,7 @@ class Safeguarded:
             # also false for nan, from which no update would lead back
             near = optax.tree.norm(optax.tree.sub(new, x)) <= self.reach * record
             lost = ~(residual <= self.blow_up * record) | ~near
-            patience = jnp.where(lending, jnp.maximum(self.patience, state.lent), self.patience)
-            failed = lost | (waited >= patience)
+            failed = lost | (~lending & (waited >= self.patience))
             # a loan that fails begins again at the best point; the rule's failures double it
             lent = jnp.where(
                 failed & ~lending, jnp.maximum(2 * state.lent, self.first_loan), state.lent
@@ -164,7 +182,8 @@ class Safeguarded:
                 select(lending | failed, fresh, inner),
                 left,
                 lent,
-                jnp.where(failed, 0, waited),
+                # the rule is not to wait for what FISTA has not found
+                jnp.where(failed | lending, 0, waited),
                 previous,
                 clock,
             )

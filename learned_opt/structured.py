@@ -10,15 +10,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 
 from learned_opt import base, coordinate_lstm, fields
-from learned_opt.coordinate_lstm import LSTMState, at_least_float32, owned
-
-# the share of 1/L that published steps are: 1/L itself is not safe from rounding
-MARGIN = 0.9999
+from learned_opt.coordinate_lstm import LSTMState
+from learned_opt.proximal import (
+    at_least_float32,
+    descend,
+    gradient_at,
+    like,
+    over_leaves,
+    owned,
+    told,
+)
 
 MAPS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "sigmoid": lambda z: 2 * jax.nn.sigmoid(z),
@@ -36,79 +40,6 @@ PARTS = {
     "PBA2": ("p", "b", "a", "b2"),
     "PBA12": ("p", "b", "a", "b1", "b2"),
 }
-
-
-class Composite(NamedTuple):
-    """What an update needs to know of a composite loss: `prox(v, step)` minimises
-    r(x) + |x - v|^2 / (2 step), step a positive array like v; `step` is 1/L or a little less, a
-    scalar or an array that broadcasts to each leaf.
-    """
-
-    prox: Callable[[Any, Any], Any]
-    step: jax.Array
-
-
-def composite(rule: Any, extra_args: dict[str, Any]) -> Composite:
-    """The keywords `prox` and `lipschitz` of `update`.
-
-    Raises:
-      ValueError: one is missing; `prox` is no function; `lipschitz` is a number that is not
-        positive and finite.
-    """
-    name, prox, lipschitz = type(rule).__name__, extra_args.get("prox"), extra_args.get("lipschitz")
-    if prox is None:
-        raise ValueError(
-            f"`prox` is required by {name}: pass the proximal operator of what is not smooth, "
-            "optimizer.update(grads, state, params, prox=prox, lipschitz=L), of which "
-            "prox=lambda v, step: v is that of nothing"
-        )
-    if not callable(prox):
-        raise ValueError(f"`prox` of {name} must be a function of (v, step), got {prox!r}")
-    if lipschitz is None:
-        raise ValueError(
-            f"`lipschitz` is required by {name}: pass the Lipschitz constant of the gradients, "
-            "optimizer.update(grads, state, params, prox=prox, lipschitz=L)"
-        )
-    if not isinstance(lipschitz, Tracer):
-        known = np.asarray(lipschitz)
-        if not np.all(np.isfinite(known) & (known > 0)):
-            raise ValueError(f"`lipschitz` of {name} must be positive and finite, got {lipschitz}")
-    return Composite(prox, jax.lax.stop_gradient(MARGIN / jnp.asarray(lipschitz)))
-
-
-def gradient_at(rule: Any, extra_args: dict[str, Any], x: Any) -> Any:
-    """The keyword `gradient` of `update`, the gradient of f as a function of x, at x.
-
-    Raises:
-      ValueError: it is missing.
-    """
-    gradient = extra_args.get("gradient")
-    if gradient is None:
-        raise ValueError(
-            f"`gradient` is required by {type(rule).__name__} with B in `parts`: pass the gradient "
-            "of the smooth part as a function of x, which is wanted at a second point"
-        )
-    return at_least_float32(gradient(x))
-
-
-def subgradient(updates: Any, params: base.Params, extra_args: dict[str, Any]) -> Any:
-    """The gradients and, where there is the keyword `penalty`, a function of the params, its
-    derivative. What rules without a proximal operator take for the gradient of a composite loss.
-    """
-    grads, penalty = at_least_float32(updates), extra_args.get("penalty")
-    if penalty is None:
-        return grads
-    return jax.tree.map(lambda g, s: g + s.astype(g.dtype), grads, jax.grad(penalty)(params))
-
-
-def like(value: jax.Array, tree: Any) -> Any:
-    """`value`, a scalar or one number per problem, for every coordinate of the tree."""
-    return jax.tree.map(lambda x: jnp.broadcast_to(value, x.shape).astype(x.dtype), tree)
-
-
-def descend(x: Any, step: Any, grads: Any) -> Any:
-    """x - step * grads, leaf by leaf."""
-    return jax.tree.map(lambda x, s, g: x - s * g, x, step, grads)
 
 
 class Heads(NamedTuple):
@@ -138,13 +69,13 @@ class StructuredLSTM:
         x' = prox(v, S),   y' = x' + a (x' - x) + b2.
 
     An LSTM that sees g and y gives p, b, a, b1, b2, those in `parts`. Without B, one gradient per
-    step is enough; with it, that at x is wanted too, see `gradient_at`.
+    step is enough; with it, that at x is wanted too, see `proximal.gradient_at`.
 
     Nothing is guaranteed: for p in (0, 2) and a in (0, 2) the iteration may diverge, and it does on
-    problems unlike those it was trained on. `bounded` is the rule that cannot.
+    problems unlike those it was trained on. `safeguard` is what makes any rule converge.
 
     `init` is torch's initialisation, p = a = 1 up to its noise. Needs neither loss nor horizon, but
-    `prox` and `lipschitz`, see `Composite`.
+    `prox` and `lipschitz`, see `proximal.Proximal`.
 
     Args:
       parts: which of P, B, A and the offsets b1, b2 are learned.
@@ -153,7 +84,8 @@ class StructuredLSTM:
       offset_map: of b1 and b2; None: `b_map`, which the published code takes by mistake.
       p_scale, b_scale, a_scale, offset_scale: factors of the maps.
       hidden, layers: sizes of the LSTM.
-      state_scale: deviation of its normal initial state, drawn from `seed`; the published one is 1.
+      state_scale: deviation of its normal initial state, drawn from `seed`, alike for leaves of one
+        size; the published one is 1.
     """
 
     parts: str = "PA"
@@ -206,10 +138,10 @@ class StructuredLSTM:
 
         def update(updates, state, params=None, **extra_args):
             base.check_update(self, params)
-            problem = composite(self, extra_args)
+            problem = told(self, extra_args)
             y, grads = at_least_float32(params), at_least_float32(updates)
-            heads, lstm = coordinate_lstm.over_leaves(
-                functools.partial(self._heads, theta), y, grads, state.lstm
+            heads, lstm = over_leaves(
+                2, functools.partial(self._heads, theta), y, grads, state.lstm
             )
             step = jax.tree.map(lambda s, h: h.p * s, like(problem.step, y), heads)
             v = descend(y, step, grads)

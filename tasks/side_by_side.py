@@ -17,6 +17,7 @@ from tasks.fields import positive_integers
 
 Merit = Literal["value", "gap"]
 DIGITS = 6  # to which float32 tells F from F*
+RESTARTED = (1 + 5**0.5) / 2  # FISTA's t after its first step
 ITERATIONS = 300  # that bring most problems to these digits
 
 
@@ -48,7 +49,7 @@ def least_value(task: Composite) -> jax.Array:
         after = (1 + jnp.sqrt(1 + 4 * t * t)) / 2
         momentum = jnp.where(uphill, 0, (t - 1) / after)
         least = jnp.minimum(least, task.loss(new, ()))
-        return new, new + momentum * (new - x), jnp.where(uphill, 1, after), least
+        return new, new + momentum * (new - x), jnp.where(uphill, RESTARTED, after), least
 
     x = task.init(jax.random.key(0))
     return jax.lax.fori_loop(0, ITERATIONS, step, (x, x, jnp.ones_like(x[0]), task.loss(x, ())))[3]
@@ -121,6 +122,8 @@ class SideBySide:
 
     def __call__(self, key: Key) -> Problems:
         stacked: Any = jax.vmap(self.family)(jax.random.split(key, self.count))
+        if not isinstance(stacked, Composite):
+            raise TypeError(f"`family` must make composite tasks, got {type(stacked).__name__}")
         solved = (
             jax.vmap(least_value)
             if self.merit == "gap"

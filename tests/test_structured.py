@@ -92,7 +92,6 @@ def test_follows_the_published_trajectory(name):
         want = recorded[key][1:]
         assert np.max(np.abs(want)) > 0.1
         error = np.abs(np.asarray(got) - want)
-        print(name, key, error.max(), error.max(axis=(1, 2))[[0, 9, 19, 29]], np.abs(want).max())
         assert error.max() <= 1e-6 * np.max(np.abs(want))
 
 

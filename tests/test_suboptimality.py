@@ -290,7 +290,6 @@ def test_the_command_judges_and_goes_on_where_it_was_stopped(tmp_path, capsys, m
     [
         (["--optimizer", "fist"], "unknown rule, artifact or baseline 'fist'; did you mean"),
         (["--optimizer", "celo2"], "`optimizer` celo2 knows of neither `prox` nor `penalty`"),
-        (["--optimizer", "l2o_pba(hidden=2)"], "`optimizer` l2o_pba(hidden=2) cannot train such"),
         (["--optimizer", "ista", "--suite", "heldout/quick"], "are not composite convex ones"),
         (["--optimizer", "ista", "--suite", "heldout/laso"], "did you mean 'heldout/lasso'"),
         (["--optimizer", "ista", "--instances", "0"], "`instances` must be at least 1, got 0"),
