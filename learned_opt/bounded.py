@@ -140,11 +140,11 @@ class BoundedLSTM:
         norms = [over(jax.tree.map(jnp.square, tree)) for tree in (change, way)]
 
         def leaf(before: jax.Array, along: jax.Array, *squares: jax.Array) -> jax.Array:
-            told = along > 0
-            change, way = (jnp.sqrt(jnp.where(told, square, 1)) for square in squares)
+            curved = along > 0
+            change, way = (jnp.sqrt(jnp.where(curved, square, 1)) for square in squares)
             # |change|^2 / along, whose own derivative would overflow where steps are small
             cosine = along / change / way
-            seen = jnp.where(told, change / way / jnp.where(told, cosine, 1), 1)
+            seen = jnp.where(curved, change / way / jnp.where(curved, cosine, 1), 1)
             # before there is anything to go by, and where nothing moved, the bound
             known = jnp.where(before > 0, jnp.maximum(seen, DECAY * before), 1)
             return jnp.clip(known, self.least_curvature, 1)

@@ -141,9 +141,10 @@ class Safeguarded:
                     "`lipschitz` of Safeguarded must be one number, got shape "
                     f"{problem.step.shape}: it watches one problem; use jax.vmap for several"
                 )
-            size = problem.step.reshape(())
             y, grads = at_least_float32(params), at_least_float32(updates)
-            target = problem.prox(optax.tree.add_scale(y, -size, grads), like(size, y))
+            target = problem.prox(
+                optax.tree.add_scale(y, -problem.step, grads), like(problem.step, y)
+            )
             residual = optax.tree.norm(optax.tree.sub(target, y))
             passed = residual <= (1 - self.decrease) * state.residual
             value = self._value(extra_args, state.value)
