@@ -49,8 +49,9 @@ def flatten(theta: Theta) -> dict[str, jax.Array]:
 
 @functools.lru_cache(maxsize=64)
 def theta_template(rule: LearnedOptimizer) -> dict[str, Any]:
-    """Shape and dtype of every leaf of the rule's theta, by dotted path."""
-    return flatten(jax.eval_shape(rule.init, jax.random.key(0)))
+    """Shape and dtype of every leaf of the rule's theta, by dotted path; those without x64."""
+    with jax.enable_x64(False):
+        return flatten(jax.eval_shape(rule.init, jax.random.key(0)))
 
 
 def check_leaves(rule: LearnedOptimizer, leaves: dict[str, Any], source: str) -> None:
