@@ -98,7 +98,7 @@ class BoundedLSTM:
         def init(params: base.Params) -> BoundedState:
             base.check_params(params)
             x, zeros = owned(params), optax.tree.zeros_like
-            lstm = jax.tree.map(lambda x: coordinate_lstm.start(theta["lstm"], x.size), x)
+            lstm = jax.tree.map(lambda x: coordinate_lstm.start(theta["lstm"], x.shape), x)
             clock = optax.tree.ones_like(x)
             return BoundedState(x, lstm, clock, zeros(x), owned(params), zeros(x))
 
@@ -195,7 +195,7 @@ def _heads(
     # so that 0, 1 and infinity stay out of reach, of rounding, too
     share, tilt = jnp.clip(share, -9, 9), jnp.clip(tilt, -9, 9)
     share, tilt = jax.nn.sigmoid(share + math.log(NEAR / (1 - NEAR))), jnp.exp(tilt)
-    return share.reshape(y.shape).astype(y.dtype), tilt.reshape(y.shape).astype(y.dtype), state
+    return share.astype(y.dtype), tilt.astype(y.dtype), state
 
 
 EXAMPLES = (BoundedLSTM(hidden=4),)

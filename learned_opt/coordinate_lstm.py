@@ -1,7 +1,7 @@
 """The LSTM that runs along with every coordinate: all coordinates share its weights, each has a
 state of its own (arXiv 1606.04474). As in torch, whose weights the published rules hold.
 
-Arrays are [units, coordinates]: products of small weights with long rows, and gates that are
+Arrays are [units, *shape of the leaf]: products of small weights with long rows, and gates that are
 contiguous. Sigmoids are written as tanh, one function for all gates.
 """
 
@@ -16,7 +16,7 @@ Layer = dict[str, jax.Array]  # {w [outputs, inputs], b [outputs]}
 
 
 class LayerState(NamedTuple):
-    """[units, coordinates] each."""
+    """[units, *shape] each."""
 
     hidden: jax.Array
     cell: jax.Array
@@ -33,8 +33,9 @@ def dense_init(key: jax.Array, inputs: int, outputs: int) -> Layer:
 
 
 def dense(theta: Layer, x: jax.Array) -> jax.Array:
-    """[inputs, coordinates] -> [outputs, coordinates]."""
-    return theta["w"] @ x + theta["b"][:, None]
+    """[inputs, *shape] -> [outputs, *shape]."""
+    bias = theta["b"].reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.tensordot(theta["w"], x, 1) + bias
 
 
 def init(key: jax.Array, inputs: int, hidden: int, layers: int) -> dict[str, Layer]:
@@ -52,15 +53,15 @@ def init(key: jax.Array, inputs: int, hidden: int, layers: int) -> dict[str, Lay
 
 
 def start(
-    theta: dict[str, Layer], coordinates: int, scale: float = 0.0, seed: int = 0
+    theta: dict[str, Layer], shape: tuple[int, ...], scale: float = 0.0, seed: int = 0
 ) -> LSTMState:
     """Zero, or normal numbers of deviation `scale`, which are drawn from `seed`."""
 
     def layer(key: jax.Array, weights: Layer) -> LayerState:
-        shape = (len(weights["b"]) // 4, coordinates)
+        full = (len(weights["b"]) // 4, *shape)
         if scale == 0:
-            return LayerState(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
-        hidden, cell = scale * jax.random.normal(key, (2, *shape), jnp.float32)
+            return LayerState(jnp.zeros(full, jnp.float32), jnp.zeros(full, jnp.float32))
+        hidden, cell = scale * jax.random.normal(key, (2, *full), jnp.float32)
         return LayerState(hidden, cell)
 
     keys = jax.random.split(jax.random.key(seed), len(theta))
@@ -68,13 +69,13 @@ def start(
 
 
 def step(theta: dict[str, Layer], x: jax.Array, state: LSTMState) -> tuple[jax.Array, LSTMState]:
-    """Inputs [inputs, coordinates] -> outputs of the last layer [hidden, coordinates], state."""
+    """Inputs [inputs, *shape] -> outputs of the last layer [hidden, *shape], state."""
     states = []
     for weights, (hidden, cell) in zip(theta.values(), state, strict=True):
         # sigmoid(z) = tanh(z / 2) / 2 + 1/2
         half = np.repeat([0.5, 0.5, 1.0, 0.5], hidden.shape[0]).astype(np.float32)
-        w, b = weights["w"] * half[:, None], weights["b"] * half
-        gates = jnp.tanh(w @ jnp.concatenate([x, hidden]) + b[:, None])
+        halved = {"w": weights["w"] * half[:, None], "b": weights["b"] * half}
+        gates = jnp.tanh(dense(halved, jnp.concatenate([x, hidden])))
         i, f, g, o = jnp.split(gates, 4)
         kept = (0.5 * f + 0.5) * cell + (0.5 * i + 0.5) * g
         x = (0.5 * o + 0.5) * jnp.tanh(kept)
@@ -83,8 +84,7 @@ def step(theta: dict[str, Layer], x: jax.Array, state: LSTMState) -> tuple[jax.A
 
 
 def inputs(*arrays: Any) -> jax.Array:
-    """Arrays of one shape -> [arrays, coordinates] float32, cut out of backpropagation: what a
+    """Arrays of one shape -> [arrays, *shape] float32, cut out of backpropagation: what a
     network sees of a trajectory is, by the published recipes, not differentiated.
     """
-    rows = [jnp.asarray(x, jnp.float32).reshape(-1) for x in arrays]
-    return jax.lax.stop_gradient(jnp.stack(rows))
+    return jax.lax.stop_gradient(jnp.stack([jnp.asarray(x, jnp.float32) for x in arrays]))

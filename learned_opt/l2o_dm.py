@@ -57,7 +57,7 @@ class L2ODM:
         def init(params: base.Params):
             base.check_params(params)
             draw = functools.partial(coordinate_lstm.start, theta["lstm"])
-            return jax.tree.map(lambda p: draw(jnp.size(p), self.state_scale, self.seed), params)
+            return jax.tree.map(lambda p: draw(jnp.shape(p), self.state_scale, self.seed), params)
 
         def update(updates, state, params=None, **extra_args):
             base.check_update(self, params)
@@ -75,7 +75,7 @@ class L2ODM:
         seen = coordinate_lstm.inputs(grad, x)
         out, state = coordinate_lstm.step(theta["lstm"], seen, state)
         moved = self.step_size * jax.nn.elu(coordinate_lstm.dense(theta["out"], out))
-        return moved.reshape(x.shape), state
+        return moved[0], state
 
 
 EXAMPLES = (L2ODM(hidden=4),)

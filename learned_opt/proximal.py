@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from learned_opt import base
+from learned_opt.recurrent import placed_as
 
 # the share of 1/L that published steps are: 1/L itself is not safe from rounding
 MARGIN = 0.9999
@@ -95,7 +96,7 @@ def like(value: jax.Array, tree: Any) -> Any:
             )
         return jnp.broadcast_to(value, x.shape).astype(x.dtype)
 
-    return jax.tree.map(leaf, tree)
+    return placed_as(jax.tree.map(leaf, tree), tree)
 
 
 def descend(x: Any, step: Any, grads: Any) -> Any:

@@ -73,7 +73,7 @@ class RNNprop:
         def init(params: base.Params) -> RNNpropState:
             base.check_params(params)
             draw = functools.partial(coordinate_lstm.start, theta["lstm"])
-            start = jax.tree.map(lambda p: draw(jnp.size(p), self.state_scale, self.seed), params)
+            start = jax.tree.map(lambda p: draw(jnp.shape(p), self.state_scale, self.seed), params)
             return RNNpropState(moments.init(at_least_float32(params)), start)
 
         def update(updates, state, params=None, **extra_args):
@@ -97,7 +97,7 @@ class RNNprop:
         seen = jax.nn.elu(coordinate_lstm.dense(theta["in"], seen))
         out, state = coordinate_lstm.step(theta["lstm"], seen, state)
         out = jnp.tanh(coordinate_lstm.dense(theta["out"], out))
-        return -self.step_size * out.reshape(relative.shape), state
+        return -self.step_size * out[0], state
 
 
 EXAMPLES = (RNNprop(hidden=4),)

@@ -202,7 +202,8 @@ def _fista(y: Any, x: Any, previous: Any, clock: jax.Array) -> tuple[Any, Any, j
     """From the proximal point x of y and the one before it: the next y, x, and FISTA's t."""
     ahead = (1 + jnp.sqrt(1 + 4 * clock * clock)) / 2
     moved = optax.tree.sub(x, previous)
-    uphill = jnp.asarray(optax.tree.vdot(optax.tree.sub(y, x), moved)) > 0
+    # not optax's vdot, which flattens: arrays may be split over devices
+    uphill = jnp.asarray(optax.tree.sum(optax.tree.mul(optax.tree.sub(y, x), moved))) > 0
     momentum = jnp.where(uphill, 0.0, (clock - 1) / ahead)
     clock = jnp.where(uphill, RESTARTED, ahead).astype(clock.dtype)
     return optax.tree.add_scale(x, momentum, moved), x, clock

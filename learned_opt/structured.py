@@ -132,7 +132,7 @@ class StructuredLSTM:
             x = owned(params)
 
             def start(x: jax.Array) -> LSTMState:
-                return coordinate_lstm.start(theta["lstm"], x.size, self.state_scale, self.seed)
+                return coordinate_lstm.start(theta["lstm"], x.shape, self.state_scale, self.seed)
 
             return StructuredState(x, jax.tree.map(start, x))
 
@@ -173,7 +173,7 @@ class StructuredLSTM:
         names = PARTS[self.parts]
         for name, z in zip(names, coordinate_lstm.dense(theta["heads"], out), strict=True):
             function, scale = maps[name]
-            found[name] = (scale * MAPS[function](z)).reshape(y.shape).astype(y.dtype)
+            found[name] = (scale * MAPS[function](z)).astype(y.dtype)
         return Heads(**found), state
 
 

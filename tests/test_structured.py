@@ -67,8 +67,8 @@ def trajectory(name, recorded):
         "lipschitz": jnp.asarray(lipschitz, jnp.float32)[:, None],
     }
     optimizer = RULES[name].optimizer(thetas(name, recorded))
-    started = zip(recorded["h0"], recorded["c0"], strict=True)
-    states = tuple(LayerState(jnp.asarray(h.T), jnp.asarray(c.T)) for h, c in started)
+    started = [recorded[key].swapaxes(1, 2).reshape(2, -1, 4, 100) for key in ("h0", "c0")]
+    states = tuple(LayerState(*map(jnp.asarray, both)) for both in zip(*started, strict=True))
 
     def step(carry, _):
         y, state = carry
