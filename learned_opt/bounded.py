@@ -15,13 +15,21 @@ import optax
 
 from learned_opt import base, coordinate_lstm, fields
 from learned_opt.coordinate_lstm import LSTMState
-from learned_opt.proximal import at_least_float32, descend, like, over_leaves, owned, told
+from learned_opt.proximal import (
+    RESTARTED,
+    at_least_float32,
+    descend,
+    following,
+    like,
+    over_leaves,
+    owned,
+    told,
+)
 
 FEATURES = 10
 TINY = 1e-30  # a norm that is none; its square is a float32 number
 NEAR = 0.97  # of the bound: where the steps of an untrained rule are
 DECAY = 0.9  # per step, of what was measured of the curvature
-RESTARTED = (1 + math.sqrt(5)) / 2  # FISTA's t after its first step
 
 Sum = Callable[[Any], Any]  # over the coordinates of each problem, see `per_problem`
 
@@ -98,8 +106,7 @@ class BoundedLSTM:
         def init(params: base.Params) -> BoundedState:
             base.check_params(params)
             x, zeros = owned(params), optax.tree.zeros_like
-            lstm = jax.tree.map(lambda x: coordinate_lstm.start(theta["lstm"], x.shape), x)
-            clock = optax.tree.ones_like(x)
+            lstm, clock = coordinate_lstm.start(theta["lstm"], params), optax.tree.ones_like(x)
             return BoundedState(x, lstm, clock, zeros(x), owned(params), zeros(x))
 
         def update(updates, state, params=None, **extra_args):
@@ -110,7 +117,7 @@ class BoundedLSTM:
             # as steps of gradient descent: in the units of the params
             grads = jax.tree.map(jnp.multiply, whole, at_least_float32(updates))
             descent = optax.tree.sub(problem.prox(optax.tree.sub(y, grads), whole), y)
-            ahead = jax.tree.map(lambda t: (1 + jnp.sqrt(1 + 4 * t * t)) / 2, state.clock)
+            ahead = jax.tree.map(following, state.clock)
             momentum = jax.tree.map(lambda t, ahead: (t - 1) / ahead, state.clock, ahead)
             over = functools.partial(per_problem, problem.step)
             curvature = self._curvature(over, state, y, grads)

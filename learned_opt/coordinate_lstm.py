@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from learned_opt import base
+
 Layer = dict[str, jax.Array]  # {w [outputs, inputs], b [outputs]}
 
 
@@ -52,9 +54,7 @@ def init(key: jax.Array, inputs: int, hidden: int, layers: int) -> dict[str, Lay
     return theta
 
 
-def start(
-    theta: dict[str, Layer], shape: tuple[int, ...], scale: float = 0.0, seed: int = 0
-) -> LSTMState:
+def _start(theta: dict[str, Layer], shape: tuple[int, ...], scale: float, seed: int) -> LSTMState:
     """Zero, or normal numbers of deviation `scale`, which are drawn from `seed`."""
 
     def layer(key: jax.Array, weights: Layer) -> LayerState:
@@ -66,6 +66,13 @@ def start(
 
     keys = jax.random.split(jax.random.key(seed), len(theta))
     return tuple(layer(*both) for both in zip(keys, theta.values(), strict=True))
+
+
+def start(theta: dict[str, Layer], params: base.Params, scale: float = 0.0, seed: int = 0) -> Any:
+    """The state of every leaf: zero, or normal numbers of deviation `scale`, drawn from `seed`, the
+    same for leaves of one shape.
+    """
+    return jax.tree.map(lambda p: _start(theta, jnp.shape(p), scale, seed), params)
 
 
 def step(theta: dict[str, Layer], x: jax.Array, state: LSTMState) -> tuple[jax.Array, LSTMState]:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from learned_opt import base, coordinate_lstm, fields
@@ -56,8 +55,7 @@ class L2ODM:
 
         def init(params: base.Params):
             base.check_params(params)
-            draw = functools.partial(coordinate_lstm.start, theta["lstm"])
-            return jax.tree.map(lambda p: draw(jnp.shape(p), self.state_scale, self.seed), params)
+            return coordinate_lstm.start(theta["lstm"], params, self.state_scale, self.seed)
 
         def update(updates, state, params=None, **extra_args):
             base.check_update(self, params)

@@ -15,6 +15,7 @@ from learned_opt.recurrent import placed_as
 
 # the share of 1/L that published steps are: 1/L itself is not safe from rounding
 MARGIN = 0.9999
+RESTARTED = (1 + 5**0.5) / 2  # FISTA's t after its first step
 
 
 class Proximal(NamedTuple):
@@ -97,6 +98,11 @@ def like(value: jax.Array, tree: Any) -> Any:
         return jnp.broadcast_to(value, x.shape).astype(x.dtype)
 
     return placed_as(jax.tree.map(leaf, tree), tree)
+
+
+def following(t: jax.Array) -> jax.Array:
+    """FISTA's next t; its momentum is (t - 1) / following(t)."""
+    return (1 + jnp.sqrt(1 + 4 * t * t)) / 2
 
 
 def descend(x: Any, step: Any, grads: Any) -> Any:

@@ -72,8 +72,7 @@ class RNNprop:
 
         def init(params: base.Params) -> RNNpropState:
             base.check_params(params)
-            draw = functools.partial(coordinate_lstm.start, theta["lstm"])
-            start = jax.tree.map(lambda p: draw(jnp.shape(p), self.state_scale, self.seed), params)
+            start = coordinate_lstm.start(theta["lstm"], params, self.state_scale, self.seed)
             return RNNpropState(moments.init(at_least_float32(params)), start)
 
         def update(updates, state, params=None, **extra_args):

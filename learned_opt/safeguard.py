@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from learned_opt import base, fields
-from learned_opt.bounded import RESTARTED, BoundedLSTM
-from learned_opt.proximal import at_least_float32, like, owned, told
+from learned_opt.bounded import BoundedLSTM
+from learned_opt.proximal import RESTARTED, at_least_float32, following, like, owned, told
 from learned_opt.structured import StructuredLSTM
 
 ROUNDING = 16.0  # units of it, in which sums of a loss may differ
@@ -200,7 +200,7 @@ def select(condition: jax.Array, yes: Any, no: Any) -> Any:
 
 def _fista(y: Any, x: Any, previous: Any, clock: jax.Array) -> tuple[Any, Any, jax.Array]:
     """From the proximal point x of y and the one before it: the next y, x, and FISTA's t."""
-    ahead = (1 + jnp.sqrt(1 + 4 * clock * clock)) / 2
+    ahead = following(clock)
     moved = optax.tree.sub(x, previous)
     # not optax's vdot, which flattens: arrays may be split over devices
     uphill = jnp.asarray(optax.tree.sum(optax.tree.mul(optax.tree.sub(y, x), moved))) > 0

@@ -129,12 +129,8 @@ class StructuredLSTM:
 
         def init(params: base.Params) -> StructuredState:
             base.check_params(params)
-            x = owned(params)
-
-            def start(x: jax.Array) -> LSTMState:
-                return coordinate_lstm.start(theta["lstm"], x.shape, self.state_scale, self.seed)
-
-            return StructuredState(x, jax.tree.map(start, x))
+            start = coordinate_lstm.start(theta["lstm"], params, self.state_scale, self.seed)
+            return StructuredState(owned(params), start)
 
         def update(updates, state, params=None, **extra_args):
             base.check_update(self, params)

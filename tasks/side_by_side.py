@@ -124,12 +124,10 @@ class SideBySide:
         stacked: Any = jax.vmap(self.family)(jax.random.split(key, self.count))
         if not isinstance(stacked, Composite):
             raise TypeError(f"`family` must make composite tasks, got {type(stacked).__name__}")
-        solved = (
-            jax.vmap(least_value)
-            if self.merit == "gap"
-            else lambda tasks: jnp.zeros_like(tasks.lipschitz)
-        )
-        return Problems(stacked, solved(stacked), self.merit)
+        least = jnp.zeros_like(stacked.lipschitz)
+        if self.merit == "gap":
+            least = jax.vmap(least_value)(stacked)
+        return Problems(stacked, least, self.merit)
 
 
 EXAMPLES = (SideBySide(Lasso(rows=8, columns=12, density=0.3), count=3),)
