@@ -9,6 +9,7 @@ from rich.table import Table
 import learned_opt
 import meta_train.estimators
 import tasks
+from cluster import card as cards
 from cluster.cli import recipes
 from cluster.console import console
 from evaluation.baselines import BASELINES, GROUPS
@@ -30,7 +31,10 @@ def show(name: str | None) -> None:
     rule, theta, card = artifact.read(name)
     count = sum(leaf.size for leaf in base.flatten(theta).values())
     console.print(f"{artifact.find(name)}\n{discovery.spec_of(rule)}\n{count} meta-parameters")
-    console.print_json(json.dumps(card))
+    rest, readable = cards.shown(card)
+    console.print_json(json.dumps(rest))
+    for part in readable:
+        console.print(part, soft_wrap=False)
 
 
 def _fields(member: Any) -> str:

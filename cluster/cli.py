@@ -1,9 +1,7 @@
 """The command line. Each command is a dataclass: its fields are options, its `run` the work."""
 
 import dataclasses
-import importlib
 import os
-import pkgutil
 import signal
 import sys
 from pathlib import Path
@@ -12,11 +10,10 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-import meta_train.recipes
 from cluster.console import console
 from cluster.devices import one_per_core
 from learned_opt import discovery
-from meta_train.recipes.base import Recipe
+from meta_train.recipes.base import Recipe, known
 from meta_train.search.recipe import SearchRecipe
 from tasks.data import cache_directory
 
@@ -24,20 +21,16 @@ DEFAULT, SEARCH = Recipe(), SearchRecipe()
 
 
 def recipes() -> dict[str, Recipe]:
-    """Recipes by name: of every module in meta_train.recipes that has a `RECIPE`."""
-    found = {"default": DEFAULT}
-    for info in pkgutil.iter_modules(meta_train.recipes.__path__):
-        module = importlib.import_module(f"meta_train.recipes.{info.name}")
-        if hasattr(module, "RECIPE"):
-            found[info.name] = module.RECIPE
-    return found
+    """Recipes by name, with that of an option's defaults."""
+    return {"default": DEFAULT, **known()}
 
 
 @dataclasses.dataclass(frozen=True)
 class MetaTrain:
     """Meta-train an update rule and export it as an optax optimizer.
 
-    The run directory gets config.json, metrics.jsonl, checkpoints/ and theta.safetensors. Ctrl-C
+    The run directory gets config.json, metrics.jsonl, checkpoints/ and theta.safetensors; with
+    --select-on thetas/ and selection.json, and first/ where --start names a recipe. Ctrl-C
     checkpoints; the same command with --resume goes on from there and ends as if it had never
     stopped.
 
@@ -138,6 +131,11 @@ class Evaluate:
     """Runs of every optimizer on every task."""
     baselines: tuple[str, ...] = ("baselines/quick",)
     """Baselines to tune and compare with. Adam always is."""
+    learning_rates: tuple[float, ...] = ()
+    """Tune artifacts per task over these, too, each multiplying their updates and falling to zero
+    by a cosine; without any, artifacts run as they are."""
+    cosine_baselines: tuple[str, ...] = ()
+    """Baselines to tune, in addition, over just --learning-rates with the cosine schedule."""
     out_dir: Path = Path("runs/evaluate")
     """Directory for results.json and report.html."""
     time_budget: float | None = None
@@ -160,6 +158,8 @@ class Evaluate:
             workers=self.workers,
             address=self.address,
             time_budget=self.time_budget,
+            learning_rates=self.learning_rates,
+            cosine_baselines=self.cosine_baselines,
         )
 
 
@@ -356,6 +356,31 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True)
+class Card:
+    """Write scores and known failures into the card of an artifact; its rule and theta stay.
+
+    What is given replaces what the card says of it, and the rest of the card stays.
+
+    Example: learned-opt card runs/mine/theta.safetensors --results runs/mine/results.json
+        --failure "Diverges on convex problems." --out mine.safetensors
+    """
+
+    name: Annotated[str, tyro.conf.Positional]
+    """A .safetensors file or the name of a pretrained optimizer."""
+    results: tuple[Path, ...] = ()
+    """Files that `learned-opt evaluate` wrote, with a row of this artifact."""
+    failure: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """What it is known to fail at; may be repeated."""
+    out: Path | None = None
+    """Where to write the artifact; without it, in its place."""
+
+    def run(self) -> None:
+        from cluster import card
+
+        console.print(f"wrote {card.write(self.name, self.results, self.failure, self.out)}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Tasks:
     """List the tasks of the suites with their size, cost on this machine, data and licence.
 
@@ -400,6 +425,7 @@ COMMANDS = {
     "convex": Convex,
     "convert": Convert,
     "export": Export,
+    "card": Card,
     "tasks": Tasks,
     "show": Show,
 }

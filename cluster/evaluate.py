@@ -9,7 +9,7 @@ from cluster import run_directory, task_costs
 from cluster.console import console, progress
 from cluster.jobs import check_workers
 from evaluation import benchmark
-from evaluation.baselines import BASELINES, GROUPS, find
+from evaluation.baselines import BASELINES, GROUPS, cosine_only, find
 from evaluation.curve import Train, train_from
 from evaluation.report import render, table
 from evaluation.results import load as load_results
@@ -45,8 +45,13 @@ def evaluate(
     workers: int = 0,
     address: str | None = None,
     time_budget: float | None = None,
+    learning_rates: tuple[float, ...] = (),
+    cosine_baselines: tuple[str, ...] = (),
 ) -> None:
     """Judges optimizers by name on a suite; prints the table, writes results.json and report.html.
+
+    Args:
+      learning_rates, cosine_baselines: see `benchmark.evaluate`; artifacts are its contenders.
 
     Raises:
       ValueError, OSError: before any work, for unknown names and clusters that do not answer.
@@ -61,12 +66,17 @@ def evaluate(
     contenders = {}
     for name in artifacts:
         rule, theta, _ = artifact.read(name)
-        if (label := _label(name)) in contenders:
+        if (label := row_label(name)) in contenders:
             raise ValueError(
                 f"`optimizer` {name}: there is another called {label}; rename the file"
             )
         contenders[label] = partial(rule.optimizer, theta)
     find(baselines)
+    cosine_only(cosine_baselines, learning_rates)
+    if learning_rates and not contenders and not cosine_baselines:
+        raise ValueError(
+            "`learning_rates` tunes artifacts in `optimizer` and `cosine_baselines`, got neither"
+        )
     chosen = task_costs.within(families(suite), time_budget)
     with open_training(workers, address) as train, progress("evaluating", 100) as advance:
         done = 0
@@ -83,18 +93,21 @@ def evaluate(
             steps=steps,
             seeds=seeds,
             baselines=baselines,
+            learning_rates=learning_rates,
+            cosine_baselines=cosine_baselines,
             progress=report_progress,
             evals=min(20, steps),
             workers=workers or THREADS,
             train=train,
         )
+    results.about["suite"] = suite
     directory.mkdir(parents=True, exist_ok=True)
     save_results(results, directory / run_directory.RESULTS)
     console.print(table(results), soft_wrap=False)
     console.print(f"report: {report(directory)}")
 
 
-def _label(name: str) -> str:
+def row_label(name: str) -> str:
     """Pretrained optimizers go by their name, files by that of their run."""
     path = Path(name).resolve()
     return path.parent.name if path.name == run_directory.ARTIFACT else path.stem

@@ -8,16 +8,17 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 import learned_opt
-from cluster import run_directory, task_costs
+from cluster import run_directory, selection, task_costs
 from cluster.console import console, progress
 from learned_opt import artifact, compat, discovery
+from learned_opt.base import Theta
 from meta_train import preflight
 from meta_train.checkpoint import Checkpoints
 from meta_train.estimators.base import diagnostics
@@ -55,6 +56,14 @@ def open_estimator(
         remote.close()
 
 
+class Phase(NamedTuple):
+    """A run that is not finished, of a recipe and maybe on the way to another."""
+
+    directory: Path
+    recipe: Recipe
+    estimator: Any
+
+
 def run(
     recipe: Recipe | None,
     directory: Path,
@@ -65,7 +74,8 @@ def run(
     time_budget: float | None = None,
 ) -> Path:
     """Meta-trains by the recipe (None: that of the run in the directory) and returns the exported
-    artifact's path. A finished run is not run again.
+    artifact's path. A finished run is not run again. Where `start` names a recipe, that is run
+    first, in the directory's first/.
 
     Raises:
       ValueError, TypeError, OSError: before any work, and before anything is written.
@@ -77,25 +87,64 @@ def run(
         recipe = task_costs.recipe_within(recipe, time_budget)
     recipe = run_directory.choose_recipe(directory, recipe, resume)
     path = directory / run_directory.ARTIFACT
-    if path.exists() and artifact.read(path)[2].get("outer_steps") == recipe.outer_steps:
+    if _finished(directory, recipe):
         console.print(f"{directory} is finished: {path}")
         return path
-    estimator, rule, optimizer = (
-        recipe.build_estimator(),
-        recipe.build_rule(),
-        recipe.build_optimizer(),
-    )
-    if workers:
-        divided(estimator, workers)
-    preflight.check(estimator, rule, _available_bytes(workers, address))
-    costs = task_costs.of_recipe(recipe) if workers else None
-    with (
-        open_estimator(estimator, workers, address, costs) as spread,
-        run_directory.opened(directory, recipe),
-        closing(Checkpoints(directory / run_directory.CHECKPOINTS)) as checkpoints,
-    ):
+    phases = _phases(directory, recipe, time_budget)
+    for phase in phases:
+        if workers:
+            divided(phase.estimator, workers)
+        preflight.check(
+            phase.estimator, phase.recipe.build_rule(), _available_bytes(workers, address)
+        )
+    for i, phase in enumerate(phases):
+        costs = task_costs.of_recipe(phase.recipe) if workers else None
+        with ExitStack() as held:
+            with open_estimator(phase.estimator, workers, address, costs) as spread:
+                # also those that come later: what is stopped in its first phase can be resumed
+                for later in reversed(phases[i:]):
+                    held.enter_context(run_directory.opened(later.directory, later.recipe))
+                state = _meta_train(phase, spread, checkpoint_every)
+            # the workers have ended: their cores are free
+            _conclude(phase, state, workers)
+    return path
+
+
+def _finished(directory: Path, recipe: Recipe) -> bool:
+    path = directory / run_directory.ARTIFACT
+    return path.exists() and artifact.read(path)[2].get("outer_steps") == recipe.outer_steps
+
+
+def _phases(directory: Path, recipe: Recipe, time_budget: float | None) -> list[Phase]:
+    """What is left to run, in order; the last is that of the recipe."""
+    recipe.check()
+    earlier, first = [], recipe.first()
+    if first is not None:
+        inside = directory / run_directory.FIRST
+        if (inside / run_directory.CONFIG).is_file():
+            first = run_directory.read_recipe(inside)
+        elif time_budget is not None:
+            first = task_costs.recipe_within(first, time_budget)
+        if not _finished(inside, first):
+            earlier = _phases(inside, first, time_budget)
+    return [*earlier, Phase(directory, recipe, recipe.build_estimator())]
+
+
+def _start_theta(directory: Path, recipe: Recipe) -> Theta | None:
+    """What the recipe's `start` stands for, once what comes first is finished."""
+    if recipe.first() is None:
+        return recipe.start_theta()
+    return artifact.read(directory / run_directory.FIRST / run_directory.ARTIFACT)[1]
+
+
+def _meta_train(phase: Phase, spread: Any, checkpoint_every: int) -> MetaState:
+    """The state after the last outer step; from the newest checkpoint, if there is one."""
+    directory, recipe, estimator = phase
+    rule, optimizer = recipe.build_rule(), recipe.build_optimizer()
+    snapshots = set(recipe.snapshot_steps())
+    with closing(Checkpoints(directory / run_directory.CHECKPOINTS)) as checkpoints:
         began = time.perf_counter()
-        state = start(rule, spread, optimizer, recipe.seed)
+        state = start(rule, spread, optimizer, recipe.seed, _start_theta(directory, recipe))
         if checkpoints.latest() is not None:
             state = checkpoints.restore(state)
             console.print(f"resuming at outer step {int(state.step)}")
@@ -108,7 +157,10 @@ def run(
         ):
             began -= log.seconds
 
-            def on_step(step, estimate, norm):
+            def on_step(step, estimate, norm, theta):
+                if step + 1 in snapshots:
+                    card = {"outer_step": step + 1}
+                    learned_opt.save(selection.snapshot(directory, step + 1), rule, theta, card)
                 loss = float(estimate.loss)
                 log.write(
                     step=step,
@@ -119,10 +171,19 @@ def run(
                 )
                 advance(f"meta-loss {loss:.3f}")
 
-            state = meta_train(
+            return meta_train(
                 spread, optimizer, state, recipe.outer_steps, checkpoints, checkpoint_every, on_step
             )
-        return export(directory, recipe, state, path)
+
+
+def _conclude(phase: Phase, state: MetaState, workers: int) -> None:
+    """Exports the last theta of a run, or the best of its snapshots."""
+    directory, recipe, _ = phase
+    about: dict[str, Any] = {"workers": workers}
+    if recipe.select_on:
+        theta, about[selection.CARD_ENTRY] = selection.select(directory, recipe)
+        state = state._replace(theta=theta)
+    export(directory, recipe, state, directory / run_directory.ARTIFACT, about)
 
 
 def _available_bytes(workers: int, address: str | None) -> int | None:
@@ -146,21 +207,38 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def export(directory: Path, recipe: Recipe, state: MetaState, path: Path) -> Path:
-    """Writes the run's theta as an artifact whose card says how it was made."""
+def export(
+    directory: Path,
+    recipe: Recipe,
+    state: MetaState,
+    path: Path,
+    about: dict[str, Any] | None = None,
+) -> Path:
+    """Writes the run's theta as an artifact whose card says how it was made, and `about`. The cost
+    is that of all phases.
+    """
     metrics = run_directory.read_metrics(directory)
     of_tasks = members(recipe.build_estimator())
     per_step = recipe.truncation * sum(e.particles * e.unrolls for e in of_tasks)
     losses = [line["loss"] for line in metrics[-50:] if line["loss"] is not None]
-    card = {
-        "recipe": vars(recipe),
-        "outer_steps": int(state.step),
-        "inner_steps": (int(state.step) + recipe.burn_in) * per_step,
+    inner_steps = (int(state.step) + recipe.burn_in) * per_step
+    seconds = metrics[-1]["seconds"] if metrics else None
+    card = {"recipe": vars(recipe), "outer_steps": int(state.step)}
+    if recipe.first() is not None:
+        _, _, earlier = artifact.read(directory / run_directory.FIRST / run_directory.ARTIFACT)
+        kept = ("recipe", "outer_steps", "inner_steps", "seconds", selection.CARD_ENTRY, "first")
+        card["first"] = {name: earlier[name] for name in kept if name in earlier}
+        inner_steps += earlier["inner_steps"]
+        if None not in (seconds, earlier["seconds"]):
+            seconds = round(seconds + earlier["seconds"], 3)
+    card |= {
+        "inner_steps": inner_steps,
         "meta_loss": sum(losses) / len(losses) if losses else None,
-        "seconds": metrics[-1]["seconds"] if metrics else None,
+        "seconds": seconds,
+        **(about or {}),
         **provenance(),
     }
-    learned_opt.save(path, recipe.build_rule(), state.theta, card)
+    learned_opt.save(path, recipe.build_exported_rule(), state.theta, card)
     return path
 
 

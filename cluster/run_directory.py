@@ -1,5 +1,6 @@
 """A run is a directory: config.json, metrics.jsonl, checkpoints/, theta.safetensors, results.json,
-report.html. Nothing is a pickle.
+report.html; thetas/ and selection.json where the exported theta is chosen among snapshots; and
+first/, the run that comes first. Nothing is a pickle.
 """
 
 import json
@@ -20,6 +21,9 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 ARTIFACT = "theta.safetensors"
+SNAPSHOTS = "thetas"
+SELECTION = "selection.json"
+FIRST = "first"
 RESULTS = "results.json"
 REPORT = "report.html"
 EVENTS = "tensorboard"

@@ -1,8 +1,9 @@
 """Hand-designed optimizers and the grids over which each is tuned, task by task."""
 
 import itertools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -29,7 +30,8 @@ class Baseline:
     """An optimizer and its grid: every learning rate with every schedule and weight decay.
 
     `make(learning_rate, weight_decay)` gets a schedule and a scalar, both possibly traced.
-    Baselines with the same `make` and as many learning rates share one compiled program per task.
+    Baselines with the same `make` and as many learning rates share one compiled program per task,
+    if they run from as many seeds.
     `evaluated(opt_state, params)` is where valid and test losses are taken, None for the params.
     """
 
@@ -68,7 +70,7 @@ class Scheduled:
         return self.make(schedule, hyper["weight_decay"])
 
 
-# With a weight decay of zero it is Adam, which thereby shares its compiled program.
+# With a weight decay of zero it is Adam.
 ADAM = decayed(optax.adamw)
 ADAMAX = decayed(optax.adamaxw)
 NADAM = decayed(optax.adamw, nesterov=True)
@@ -170,14 +172,49 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 
 
-def find(names: str | Iterable[str]) -> list[Baseline]:
-    """Baselines by name or group name, each once, in order. ValueError lists what exists."""
+def find(names: str | Iterable[str], argument: str = "baselines") -> list[Baseline]:
+    """Baselines by name or group name, each once, in order. ValueError lists what exists, and says
+    which `argument` they came from.
+    """
     found: dict[str, Baseline] = {}
     for name in [names] if isinstance(names, str) else names:
         for member in GROUPS.get(name, (name,)):
             if member not in BASELINES:
                 raise ValueError(
-                    f"`baselines` has no {member!r}; there are {', '.join([*BASELINES, *GROUPS])}"
+                    f"`{argument}` has no {member!r}; there are {', '.join([*BASELINES, *GROUPS])}"
                 )
             found[member] = BASELINES[member]
     return list(found.values())
+
+
+def cosine_only(names: str | Iterable[str], learning_rates: Sequence[float]) -> list[Baseline]:
+    """Baselines by name over other learning rates, with the cosine schedule and the first weight
+    decay of their own grid alone: as hard to tune as an optimizer that has a learning rate only.
+
+    Raises:
+      ValueError: for unknown names, baselines that take no schedule, and learning rates that are
+        none, twice there, or missing.
+    """
+    rates = tuple(learning_rates)
+    if len(set(rates)) < len(rates) or not all(0 < rate < math.inf for rate in rates):
+        told = ", ".join(f"{rate:g}" for rate in rates)
+        raise ValueError(f"`learning_rates` must be positive, finite and all different, got {told}")
+    found = find(names, "cosine_baselines")
+    if found and not rates:
+        told = ", ".join(baseline.name for baseline in found)
+        raise ValueError(f"`cosine_baselines` needs `learning_rates` to tune over, got only {told}")
+    for baseline in found:
+        if "cosine" not in baseline.schedules:
+            raise ValueError(
+                f"`cosine_baselines` has {baseline.name}, which goes without a schedule: leave it "
+                "to `baselines`"
+            )
+    return [
+        replace(
+            baseline,
+            learning_rates=rates,
+            schedules=("cosine",),
+            weight_decays=baseline.weight_decays[:1],
+        )
+        for baseline in found
+    ]

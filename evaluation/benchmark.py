@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +14,13 @@ import jax
 import numpy as np
 import optax
 
-from evaluation.baselines import BASELINES, Baseline, find
+from evaluation.baselines import BASELINES, Baseline, cosine_only, find
 from evaluation.curve import Curve, Train, check_family, seed_keys, train_from
 from evaluation.lines import Job, Progress, longest_first, run
 from evaluation.results import Results
 from evaluation.summary import oracle, summarize
 from evaluation.timing import forget
-from evaluation.tuning import Criterion, StepTime, step_time, tune, untuned
+from evaluation.tuning import Criterion, StepTime, fixed, step_time, tune, untuned
 from tasks.base import Key, TaskFamily
 
 Contender = Callable[[int], optax.GradientTransformation]  # horizon -> optax
@@ -41,6 +41,22 @@ class Horizon:
         return self.contender(self.steps)
 
 
+@dataclass(frozen=True)
+class Multiplied:
+    """A contender whose updates a learning rate multiplies: what `Baseline.make` is. Hashable."""
+
+    contender: Contender
+    steps: int
+
+    def __call__(
+        self, learning_rate: optax.Schedule, weight_decay: Any
+    ) -> optax.GradientTransformation:
+        del weight_decay
+        # not negated: a contender's updates are added as they are
+        scale = optax.scale_by_learning_rate(learning_rate, flip_sign=False)
+        return optax.chain(self.contender(self.steps), scale)
+
+
 class Outcome(NamedTuple):
     """A row on one task."""
 
@@ -56,6 +72,8 @@ def evaluate(
     steps: int,
     seeds: int,
     baselines: str | Iterable[str] = "baselines/quick",
+    learning_rates: Sequence[float] = (),
+    cosine_baselines: str | Iterable[str] = (),
     cache_dir: str | Path | None = None,
     progress: Progress | None = None,
     key: Key | None = None,
@@ -67,8 +85,9 @@ def evaluate(
 ) -> Results:
     """Trains everything on everything and scores it against default and tuned Adam.
 
-    Rows: each contender; each baseline, tuned per task (Adam always); Adam at its default learning
-    rate; and an oracle that is at every step as low as the best of Adam's whole grid.
+    Rows: each contender; each baseline, tuned per task (Adam always); each of `cosine_baselines`;
+    Adam at its default learning rate; and an oracle that is at every step as low as the best of
+    Adam's whole grid, which alone runs on the evaluation seeds.
 
     What a baseline did on a task is in the cache as soon as it is done, so that an evaluation that
     was ended goes on from there.
@@ -76,36 +95,50 @@ def evaluate(
     Args:
       contenders: name -> (horizon -> optax transformation).
       suite: name -> task family.
+      learning_rates: what every contender is tuned over, per task and as baselines are: each
+        multiplies its updates, with a cosine schedule to zero. Without any, contenders run as they
+        are. Tuned contenders are not in the cache.
+      cosine_baselines: baselines that are tuned over just these, too, see `baselines.cosine_only`.
       progress: called with a description and the share of work done, by one thread at a time.
       key: all randomness; None for `jax.random.key(0)`.
       workers: threads that compile and train side by side.
       train: what trains, with the arguments of `curve.train_from`; called by all these threads.
 
     Raises:
-      ValueError, TypeError: before any work, for unknown baselines, taken names or an empty suite.
+      ValueError, TypeError: before any work, for unknown baselines, taken names, learning rates
+        that are none, or an empty suite.
     """
     start = time.perf_counter()
     key = jax.random.key(0) if key is None else key
-    chosen = find(["adam", *_names(baselines)])
-    _check(contenders, suite, [tuned_name(b) for b in chosen])
+    adam, rates = tuned_name(BASELINES["adam"]), tuple(learning_rates)
+    grids = {tuned_name(b): b for b in find(["adam", *_names(baselines)])}
+    sizes = {b.name: len(b.grid()["learning_rate"]) for b in grids.values()}
+    cosine = {cosine_name(b): b for b in cosine_only(cosine_baselines, rates)}
+    sizes |= dict.fromkeys(cosine, len(rates))
+    grids |= cosine
+    _check(contenders, suite, grids)
+    if rates:
+        for name, contender in contenders.items():
+            grids[name] = Baseline(name, Multiplied(contender, steps), rates, ("cosine",))
     budget = {"steps": steps, "seeds": seeds, "evals": evals, "key": key, "train": train}
     tuning = {"tuning_seeds": tuning_seeds, "criterion": criterion, "cache_dir": cache_dir}
 
     lines: dict[tuple, list[Job]] = {}
     for task, family in suite.items():
-        for baseline in chosen:
+        for name, baseline in grids.items():
             # Those that share a compiled program wait in one line, so that it is compiled once.
-            runs = len(baseline.grid()["learning_rate"]) * (seeds + tuning_seeds)
-            work = partial(_tune, baseline, family, **budget, **tuning)
-            job = Job(task, tuned_name(baseline), runs, work)
-            lines.setdefault((task, baseline.make), []).append(job)
-        for name, contender in contenders.items():
+            size, whole = len(baseline.grid()["learning_rate"]), name == adam
+            runs = size * tuning_seeds + seeds * (size if whole else 1)
+            options = {"whole_grid": whole, "keep": name not in contenders}
+            work = partial(_tune, name, baseline, family, **budget, **tuning, **options)
+            lines.setdefault((task, baseline.make), []).append(Job(task, name, runs, work))
+        for name, contender in contenders.items() if not rates else ():
             work = partial(_train, name, contender, family, **budget)
             lines[task, name] = [Job(task, name, seeds, work)]
     outcomes = run(longest_first(list(lines.values()), suite), workers, _share_of(progress, 0.8))
 
     rows = {name: {"kind": "contender", "chosen": {}} for name in contenders}
-    rows |= {tuned_name(baseline): {"kind": "tuned", "chosen": {}} for baseline in chosen}
+    rows |= {name: {"kind": "tuned", "chosen": {}} for name in grids if name not in contenders}
     rows |= {DEFAULT: {"kind": "default", "chosen": {}}, ORACLE: {"kind": "oracle", "chosen": {}}}
     curves: dict[str, dict[str, Curve]] = {name: {} for name in rows}
     for count, (task, family) in enumerate(suite.items(), 1):
@@ -115,9 +148,9 @@ def evaluate(
         # Time per step is measured here, alone: the other threads would have disturbed it.
         for name, row in rows.items():
             outcome = outcomes[name, task]
-            own, adam = outcome.step_time.seconds()
+            own, adams = outcome.step_time.seconds()
             curves[name][task] = outcome.curve._replace(
-                seconds_per_step=own, adam_seconds_per_step=adam
+                seconds_per_step=own, adam_seconds_per_step=adams
             )
             if outcome.chosen is not None:
                 row["chosen"][task] = outcome.chosen
@@ -131,9 +164,9 @@ def evaluate(
         "seeds": seeds,
         "tuning_seeds": tuning_seeds,
         "criterion": criterion,
-        "grids": {b.name: len(b.grid()["learning_rate"]) for b in chosen},
+        "grids": sizes,
+        "learning_rates": list(rates),
     }
-    adam = tuned_name(BASELINES["adam"])
     return summarize(about, rows, curves, default=DEFAULT, tuned=adam)
 
 
@@ -154,6 +187,12 @@ def _about(start: float) -> dict[str, Any]:
 def tuned_name(baseline: Baseline) -> str:
     """The row of a baseline."""
     return f"{baseline.name} (tuned)"
+
+
+def cosine_name(baseline: Baseline) -> str:
+    """The row of a baseline that was tuned over few learning rates, with the cosine schedule."""
+    rates = ", ".join(f"{rate:g}" for rate in baseline.learning_rates)
+    return f"{baseline.name} ({rates}; cosine)"
 
 
 def _names(baselines: str | Iterable[str]) -> list[str]:
@@ -179,15 +218,35 @@ def _train(
     return {name: Outcome(curve, None, StepTime(family, make, key))}
 
 
-def _tune(baseline: Baseline, family: TaskFamily, *, key: Key, cache_dir, **options):
-    timed = step_time(baseline, family, key=key, cache_dir=cache_dir)
+def _tune(
+    row: str,
+    baseline: Baseline,
+    family: TaskFamily,
+    *,
+    key: Key,
+    cache_dir,
+    whole_grid,
+    keep,
+    **options,
+) -> dict[str, Outcome]:
+    if keep:
+        timed = step_time(baseline, family, key=key, cache_dir=cache_dir)
+    else:
+        timed = StepTime(family, fixed(baseline), key)
     tuned = tune(
-        baseline, family, key=key, cache_dir=cache_dir, eval_batches=EVAL_BATCHES, **options
+        baseline,
+        family,
+        key=key,
+        cache_dir=cache_dir,
+        eval_batches=EVAL_BATCHES,
+        whole_grid=whole_grid,
+        keep=keep,
+        **options,
     )
-    # The grid ends here: of many baselines on many tasks it would not fit in memory.
+    # The grid ends here: of many tasks it would not fit in memory.
     chosen = {**tuned.chosen, "at_edge": bool(tuned.at_edge)}
-    outcomes = {tuned_name(baseline): Outcome(tuned.curve, chosen, timed)}
-    if baseline.name == "adam":
+    outcomes = {row: Outcome(tuned.curve, chosen, timed)}
+    if whole_grid:  # Adam's
         default = untuned(tuned, **DEFAULT_HYPER)
         outcomes[DEFAULT] = Outcome(default, None, timed)
         outcomes[ORACLE] = Outcome(oracle(tuned.curve), None, timed)

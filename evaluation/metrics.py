@@ -115,6 +115,13 @@ def step_time(curve: Curve, reference: Curve) -> np.ndarray:
     return np.repeat(loss_ratio(*(np.asarray(r, np.float64) for r in relative)), len(curve.train))
 
 
+def time_to_target(curve: Curve, reference: Curve) -> np.ndarray:
+    """Seconds in which the reference first reached its best smoothed training loss, over the
+    curve's: `steps_to_target` times `step_time`. 0 if the curve never gets there or was not timed.
+    """
+    return np.minimum(steps_to_target(curve, reference) * step_time(curve, reference), BOUND)
+
+
 def state_memory(curve: Curve, reference: Curve) -> np.ndarray:
     """The reference's bytes of optimizer state per parameter over the curve's."""
     sizes = [np.asarray(c.state_bytes_per_param, np.float64) for c in (reference, curve)]

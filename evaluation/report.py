@@ -22,6 +22,7 @@ COLUMNS = {
     "final_train_vs_tuned": ("Train loss, final vs tuned Adam", "x"),
     "held_out_vs_tuned": ("Held-out loss vs tuned Adam", "x"),
     "speedup_vs_tuned": ("Speedup over Adam's grid", "x"),
+    "time_to_target_vs_tuned": ("Time to tuned Adam's best loss", "x"),
     "divergence_rate": ("Diverged", "%"),
     "step_time_vs_adam": ("Time per step vs Adam", "cost"),
     "state_bytes_per_param": ("State, bytes per param", ""),
@@ -85,9 +86,9 @@ def render(
         _per_task(results),
         "<p class=note>Mean training loss of tuned Adam divided by that of the row (interquartile "
         "mean over seeds). In small the same for Adam at its default learning rate, where 2x or "
-        "more means at most half of its loss; and for tuned rows the learning rate and schedule "
-        "that tuning chose there: * marks the edge of a grid, beyond which a better one may "
-        "lie.</p>",
+        "more means at most half of its loss; and for rows that were tuned the "
+        "learning rate and schedule that tuning chose there: * marks the edge of a grid, beyond "
+        "which a better one may lie.</p>",
         "<h2>Loss curves</h2>",
         plots.svg(plots.loss_curves(results)),
         "<p class=note>Training loss, smoothed, lower is better: the line is the mean over seeds, "
@@ -181,15 +182,22 @@ def _header(results: Results) -> str:
     )
     contenders = [name for name, row in results.rows.items() if row["kind"] == "contender"]
     named = ", ".join(contenders) or "baselines only"
+    multiplied = ""
+    if contenders and about.get("learning_rates"):
+        rates = ", ".join(f"{rate:g}" for rate in about["learning_rates"])
+        multiplied = (
+            " What is judged here was tuned in the same way: its updates times a learning rate "
+            f"({rates}) that falls to zero by a cosine."
+        )
     return (
         f"<h1>Optimizer evaluation</h1><p><b>{html.escape(named)}</b> on "
         f"{html.escape(', '.join(about['tasks']))}: {about['steps']} training steps from each of "
         f"{about['seeds']} seeds, with the same initial parameters and batches for every optimizer."
         f"</p><p class=note>Each baseline was tuned for each task on "
         f"{CRITERIA[about['criterion']]} with {about['tuning_seeds']} other seeds; sizes of "
-        f"the grids: {html.escape(grids)}.<br>Run on {about['date']} in {about['seconds']:g} s: "
-        f"{html.escape(about['device'])}, {about['cpus']} cores, {html.escape(about['machine'])}; "
-        f"{html.escape(versions)}.</p>"
+        f"the grids: {html.escape(grids)}.{multiplied}<br>Run on {about['date']} in "
+        f"{about['seconds']:g} s: {html.escape(about['device'])}, {about['cpus']} cores, "
+        f"{html.escape(about['machine'])}; {html.escape(versions)}.</p>"
     )
 
 
@@ -198,7 +206,10 @@ def _table(results: Results) -> str:
     body = []
     for name in ranked(results):
         kind = results.rows[name]["kind"]
-        cells = [f"<td>{html.escape(name)}<small>{KINDS[kind]}</small></td>"]
+        told = KINDS[kind]
+        if kind == "contender" and results.rows[name]["chosen"]:
+            told += ", learning rate tuned per task"
+        cells = [f"<td>{html.escape(name)}<small>{told}</small></td>"]
         for column in COLUMNS:
             estimate, interval, verdict = _cell(results.summary[name].get(column), column)
             cells.append(
@@ -217,10 +228,12 @@ def _reading(results: Results) -> str:
         "<span class=loss>red</span>: worse with the whole interval.</p>"
         "<p class=note>Speedup: how many steps Adam needs for the loss that the row reaches in "
         "one, where Adam is at every step the best of its grid of learning rates and schedules; "
-        "so even tuned Adam is below 1x. Held-out: test loss at the best validation loss. "
-        "Diverged: a training loss that was not finite, or above its first value at the end. "
-        "Time per step: whole training steps on this machine in alternation with Adam, mean and "
-        "range over tasks, above 1x is slower.</p>"
+        "so even tuned Adam is below 1x. Time to tuned Adam's best loss: the time in which tuned "
+        "Adam reached its best smoothed training loss over the time that the row takes to reach "
+        "it, time per step included; 0x where it never does. Held-out: test loss at the best "
+        "validation loss. Diverged: a training loss that was not finite, or above its first value "
+        "at the end. Time per step: whole training steps on this machine in alternation with Adam, "
+        "mean and range over tasks, above 1x is slower.</p>"
     )
 
 

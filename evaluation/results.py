@@ -15,7 +15,8 @@ class Results:
     """Rows are optimizers. Scores are higher-is-better ratios, see `metrics`; null where undefined.
 
     Attributes:
-      about: what was run, on what: steps, seeds, versions, machine, seconds.
+      about: what was run, on what: steps, seeds, versions, machine, seconds; from the command line
+        also the name of the suite.
       rows: name -> {"kind": contender | tuned | default | oracle,
         "chosen": {task: hyperparameters}}.
       scores: reference ("default" or "tuned" Adam) -> row -> task -> metric -> [seeds].

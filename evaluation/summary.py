@@ -18,6 +18,7 @@ COLUMNS = {
     "final_train_vs_tuned": ("tuned", "final_train_loss"),
     "held_out_vs_tuned": ("tuned", "held_out_loss"),
     "speedup_vs_tuned": ("tuned", "speedup"),
+    "time_to_target_vs_tuned": ("tuned", "time_to_target"),
 }
 
 

@@ -1,4 +1,6 @@
-"""Tuning a baseline on one task: its grid runs on some seeds to choose, on others to be judged."""
+"""Tuning a baseline on one task: its grid runs on some seeds to choose; it, or the chosen entry
+alone, on others to be judged.
+"""
 
 import contextlib
 import functools
@@ -26,10 +28,10 @@ Criterion = Literal["mean", "final", "train"]
 class Tuned(NamedTuple):
     """A baseline on one task, on the evaluation seeds."""
 
-    curve: Curve  # of the chosen hyperparameters; its `envelope` [1, steps] is the whole grid's
+    curve: Curve  # of the chosen hyperparameters; its `envelope` is that of `grid`, if there is one
     chosen: dict[str, float]
     at_edge: bool  # the chosen learning rate is the grid's least or greatest: it may be too narrow
-    grid: Curve  # [G, seeds, ...]
+    grid: Curve | None  # [G, seeds, ...], its envelope [1, steps]; None if only the chosen ran
     hypers: dict[str, np.ndarray]  # each [G]
     scores: np.ndarray  # [G] what was minimised, from the tuning seeds
 
@@ -45,17 +47,23 @@ def tune(
     criterion: Criterion = "mean",
     evals: int = 20,
     eval_batches: int = 4,
+    whole_grid: bool = True,
+    keep: bool = True,
     cache_dir: str | Path | None = None,
     train: Train = train_from,
 ) -> Tuned:
-    """Runs the whole grid, or reads it from the cache, and chooses by `criterion`.
+    """Runs the grid, or reads it from the cache, and chooses by `criterion`.
 
     Evaluation seeds are those of `curve.train_curves` with the same `key`; tuning seeds are others.
 
     Args:
       criterion: normalised validation loss, "mean" over the evaluations of a run (speed counts) or
         "final"; or "train", the mean training loss, the reference's best case in that metric.
-      cache_dir: see `cache.default_directory` for None. The cache does not depend on `criterion`.
+      whole_grid: whether all of it runs on the evaluation seeds, too, or only what was chosen: the
+        same choice and, up to rounding, the same curve, for G * tuning_seeds + seeds runs instead
+        of G * (tuning_seeds + seeds), but no `grid`.
+      keep: False neither reads nor writes the cache.
+      cache_dir: see `cache.default_directory` for None. Grids in it do not depend on `criterion`.
       train: what runs a grid that is not in the cache, with the arguments of `curve.train_from`;
         only this process writes the cache.
     """
@@ -67,32 +75,53 @@ def tune(
         )
     hypers = baseline.grid()
     budget = {"steps": steps, "evals": evals, "eval_batches": eval_batches}
+    own_keys = seed_keys(key, seeds)
+    tuning_key = jax.random.fold_in(key, np.uint32(0xFFFFFFFF))  # no seed has that index
+    tuning_keys = seed_keys(tuning_key, tuning_seeds)
 
-    def sweep() -> dict[str, np.ndarray]:
-        tuning_key = jax.random.fold_in(key, np.uint32(0xFFFFFFFF))  # no seed has that index
-        keys = jnp.concatenate([seed_keys(key, seeds), seed_keys(tuning_key, tuning_seeds)])
-        make = Scheduled(baseline.make, steps, baseline.evaluated)
-        return train(family, make, hypers, keys, **budget)._asdict()
+    def run(piece: str, hypers: dict[str, np.ndarray], keys: Key, *decides: Any) -> Curve:
+        """All `hypers` from all `keys`. `decides` is what tells pieces of one `baseline` apart."""
 
-    counts = (seeds, tuning_seeds, *budget.values())
-    name = content_hash(family, baseline, counts, _key_bytes(key))
-    path = Path(cache_dir or default_directory()) / f"{baseline.name}-{name[:32]}.npz"
-    runs = Curve(**cached(path, Curve._fields, sweep))
-    grid = runs._replace(
-        train=runs.train[:, :seeds],
-        valid=runs.valid[:, :seeds],
-        test=runs.test[:, :seeds],
-        valid_normalized=runs.valid_normalized[:, :seeds],
-        envelope=envelope(runs.train[:, :seeds]),
-    )
-    losses = (runs.train if criterion == "train" else runs.valid_normalized)[:, seeds:]
+        def sweep() -> dict[str, np.ndarray]:
+            make = Scheduled(baseline.make, steps, baseline.evaluated)
+            return train(family, make, hypers, keys, **budget)._asdict()
+
+        if not keep:
+            return Curve(**sweep())
+        counts = (*decides, *budget.values())
+        name = content_hash(family, baseline, counts, _key_bytes(key))
+        path = Path(cache_dir or default_directory()) / f"{baseline.name}-{piece}{name[:32]}.npz"
+        return Curve(**cached(path, Curve._fields, sweep))
+
+    if whole_grid:
+        keys = jnp.concatenate([own_keys, tuning_keys])
+        runs = run("", hypers, keys, seeds, tuning_seeds)
+        tuning = slice(seeds, None)
+    else:
+        runs = run("tuning-", hypers, tuning_keys, tuning_seeds)
+        tuning = slice(None)
+    losses = (runs.train if criterion == "train" else runs.valid_normalized)[:, tuning]
     with np.errstate(invalid="ignore"):  # infinities of both signs
         losses = losses.astype(np.float64).mean(axis=1)
         scores = losses[:, -1] if criterion == "final" else losses.mean(axis=1)
     best = int(np.argmin(np.where(np.isfinite(scores), scores, np.inf)))
+    if whole_grid:
+        grid = runs._replace(
+            train=runs.train[:, :seeds],
+            valid=runs.valid[:, :seeds],
+            test=runs.test[:, :seeds],
+            valid_normalized=runs.valid_normalized[:, :seeds],
+            envelope=envelope(runs.train[:, :seeds]),
+        )
+        curve = grid.pick(best)._replace(envelope=grid.envelope)
+    else:
+        # A file of its own, so that other criteria and numbers of seeds find the grid's.
+        grid, alone = None, {name: values[best : best + 1] for name, values in hypers.items()}
+        entry = {name: float(values[0]) for name, values in alone.items()}
+        curve = run("chosen-", alone, own_keys, seeds, entry).pick(0)
     rates = hypers["learning_rate"]
     return Tuned(
-        curve=grid.pick(best)._replace(envelope=grid.envelope),
+        curve=curve,
         chosen={name: float(f"{values[best]:.6g}") for name, values in hypers.items()},
         at_edge=rates.min() < rates.max() and rates[best] in (rates.min(), rates.max()),
         grid=grid,
@@ -103,6 +132,8 @@ def tune(
 
 def untuned(tuned: Tuned, **hyper: float) -> Curve:
     """The grid's curve at given hyperparameters, as its own reference. ValueError if not in it."""
+    if tuned.grid is None:
+        raise ValueError("`tuned` holds only what was chosen: tune with `whole_grid`")
     distances = [
         abs(tuned.hypers[name] / value - 1 if value else tuned.hypers[name])
         for name, value in hyper.items()

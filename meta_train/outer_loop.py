@@ -49,12 +49,14 @@ def start(
     estimator: GradientEstimator,
     optimizer: optax.GradientTransformation,
     seed: int,
+    theta: Theta | None = None,
 ) -> MetaState:
-    """The state before the first step."""
+    """The state before the first step: from `theta`, or from the rule's own start."""
     init_key, particle_key, key = jax.random.split(jax.random.key(seed), 3)
     # strongly typed, as after a step: otherwise the second step would be another program
-    theta = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), rule.init(init_key))
-    return MetaState(theta, optimizer.init(theta), estimator.init(theta, particle_key), key, 0)
+    given = rule.init(init_key) if theta is None else theta
+    first = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), given)
+    return MetaState(first, optimizer.init(first), estimator.init(first, particle_key), key, 0)
 
 
 def burn_in(
@@ -96,14 +98,14 @@ def meta_train(
     steps: int,
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 100,
-    on_step: Callable[[int, Estimate, jax.Array], None] = lambda *_: None,
+    on_step: Callable[[int, Estimate, jax.Array, Theta], None] = lambda *_: None,
 ) -> MetaState:
     """Runs until `steps` outer steps are done and returns the final state, checkpointed.
 
     The randomness of a step depends on the step alone, so a run that is resumed from a checkpoint
-    ends bit-equal to one that was never stopped. `on_step(step, estimate, gradient_norm)` is called
-    after each step, for logs and progress. On KeyboardInterrupt the last complete step is
-    checkpointed before the interrupt goes on.
+    ends bit-equal to one that was never stopped. `on_step(step, estimate, gradient_norm, theta)` is
+    called after each step with the theta that it led to, for logs, progress and snapshots. On
+    KeyboardInterrupt the last complete step is checkpointed before the interrupt goes on.
     """
     try:
         for step in range(int(state.step), steps):
@@ -114,7 +116,7 @@ def meta_train(
                 optimizer, state.theta, state.opt_state, estimate.grad
             )
             # before the step counts: what is checkpointed has been logged
-            on_step(step, estimate, norm)
+            on_step(step, estimate, norm, theta)
             state = MetaState(theta, opt_state, estimator_state, state.key, step + 1)
             if checkpoints and (step + 1) % checkpoint_every == 0:
                 with interrupts.deferred():

@@ -267,8 +267,10 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path, untimed):
         def train(family, make_optimizer, *arguments, **budget):
             if len(trained) == limit:
                 raise KeyboardInterrupt
-            trained.append((float(family.x[0, 0]), make_optimizer))
-            return ladder(family, make_optimizer, *arguments, **budget)
+            hypers, keys = arguments
+            size = (len(hypers["learning_rate"]), len(keys))
+            trained.append((float(family.x[0, 0]), make_optimizer, size))
+            return ladder(family, make_optimizer, hypers, keys, **budget)
 
         return train
 
@@ -278,7 +280,8 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tmp_path, untimed):
     resumed = evaluate(
         tmp_path / "ended", counted(None), progress=lambda what, share: shares.append(share)
     )
-    assert len(trained) == len(set(trained)) == 6  # nothing twice: 2 tasks, Adam and two more
+    # nothing twice: of 2 tasks Adam in one piece and two more in two
+    assert len(trained) == len(set(trained)) == 10
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
     undisturbed = evaluate(tmp_path / "whole", ladder)
@@ -313,4 +316,5 @@ def test_the_envelope_and_the_choice_are_over_weight_decays_too(tmp_path, untime
     np.testing.assert_allclose(tuned.curve.train, np.stack([best, best]), rtol=1e-6)
     # a curve of 20 steps is not smoothed
     np.testing.assert_allclose(tuned.curve.envelope, best[None], rtol=1e-6)
+    assert tuned.grid is not None
     assert not np.shares_memory(tuned.curve.train, tuned.grid.train)  # the grid can go

@@ -130,6 +130,18 @@ def test_other_commands_refuse_bad_input(tmp_path, capsys):
         (["evaluate", "--optimizer", "adam", "--suite", "foo"], "heldout/quick"),
         (["evaluate", "--optimizer", "adam", "--steps", "0"], "`steps` must be at least 1"),
         (["evaluate", "--optimizer", "adam", "--baselines", "adm"], "adam"),
+        (
+            ["evaluate", "--optimizer", "adam", "--learning-rates", "0.1", "-1"],
+            "`learning_rates` must be positive, finite and all different, got 0.1, -1",
+        ),
+        (
+            ["evaluate", "--optimizer", "adam", "--learning-rates", "0.1"],
+            "`learning_rates` tunes artifacts in `optimizer` and `cosine_baselines`, got neither",
+        ),
+        (
+            ["evaluate", "--optimizer", "adam", "--cosine-baselines", "adamw"],
+            "`cosine_baselines` needs `learning_rates`",
+        ),
         (["report", "--run-dir", tmp_path], "holds no results.json"),
         (["export", "--run-dir", tmp_path, "--out", tmp_path / "a"], "holds no run"),
         (["show", "nope"], "no artifact 'nope'"),
@@ -247,12 +259,18 @@ def test_evaluate_writes_results_and_a_report(tmp_path, capsys):
     arguments = ["--suite", "quadratic(dimension=2)", "--steps", "8", "--seeds", "2"]
     out = run(
         *("evaluate", "--optimizer", path, *arguments, "--baselines", "adam"),
+        *("--learning-rates", "0.1", "1.0", "--cosine-baselines", "sgd"),
         *("--out-dir", tmp_path / "out"),
         capsys=capsys,
     ).out
     assert "mine" in out
     assert "adam" in out
-    assert json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["about"]["suite"] == "quadratic(dimension=2)"
+    for row in ("mine", "sgd (0.1, 1; cosine)"):
+        (chosen,) = results["rows"][row]["chosen"].values()
+        assert chosen["learning_rate"] in (0.1, 1.0)
+        assert chosen["at_edge"]
     report = tmp_path / "out" / "report.html"
     assert "<svg" in report.read_text()
     report.unlink()

@@ -182,6 +182,7 @@ def test_tuning_finds_the_learning_rate_that_solves_the_bowl_in_one_step(cache_d
     np.testing.assert_allclose(found.scores[4], 0.0, atol=1e-10)
     slow = untuned(found, learning_rate=0.1, cosine=0.0)
     np.testing.assert_allclose(slow.train[:, 1], 0.81 * slow.train[:, 0], rtol=1e-5)
+    assert found.grid is not None
     assert (found.curve.envelope <= found.grid.train[4].mean(axis=0) + 1e-6).all()
 
 
@@ -205,6 +206,64 @@ def test_cache_hit_is_identical_and_a_damaged_file_is_recomputed(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, again._asdict(), first._asdict())
         assert path.read_bytes() != damaged
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("criterion", ["mean", "final", "train"])
+def test_what_is_chosen_alone_is_what_the_whole_grid_gives(criterion, tmp_path):
+    """Of noisy losses, whose order depends on the seeds."""
+    wide = dataclasses.replace(SGD, learning_rates=(0.03, 0.1, 0.3, 1.0, 3.0))
+    budget = {"steps": STEPS, "seeds": 3, "evals": 4, "key": KEY, "criterion": criterion}
+    budget |= {"cache_dir": tmp_path, "tuning_seeds": 2}
+    whole = tune(wide, NOISY, **budget)
+    alone = tune(wide, NOISY, whole_grid=False, **budget)
+    assert alone.chosen == whole.chosen
+    assert alone.at_edge == whole.at_edge
+    np.testing.assert_allclose(alone.scores, whole.scores, rtol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, alone.hypers, whole.hypers)
+    for name in ("train", "valid", "test", "valid_normalized", "eval_steps"):
+        ours, theirs = getattr(alone.curve, name), getattr(whole.curve, name)
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    assert alone.curve.envelope.shape == (3, STEPS)  # its own, seed by seed
+    assert alone.grid is None
+    with pytest.raises(ValueError, match="`tuned` holds only what was chosen"):
+        untuned(alone, learning_rate=0.1)
+
+
+def test_pieces_of_a_cheaper_tuning_are_kept_apart(tmp_path):
+    trained = []
+
+    def counted(family, make_optimizer, hypers, keys, **budget):
+        if len(trained) == limit:
+            raise KeyboardInterrupt
+        trained.append((len(hypers["learning_rate"]), len(keys)))
+        return curve.train_from(family, make_optimizer, hypers, keys, **budget)
+
+    cheap = partial(tuned, tmp_path, whole_grid=False, tuning_seeds=1)
+    limit = 1
+    with pytest.raises(KeyboardInterrupt):
+        cheap(train=counted)
+    limit = None
+    first = cheap(train=counted)
+    assert trained == [(8, 1), (1, SEEDS)]  # the grid once, though it was interrupted
+    assert {path.name[:17] for path in tmp_path.iterdir()} == {
+        "plain_sgd-tuning-", "plain_sgd-chosen-",
+    }  # fmt: skip
+    hit = cheap(train=None)
+    jax.tree.map(np.testing.assert_array_equal, hit._asdict(), first._asdict())
+    cheap(train=counted, seeds=SEEDS + 1)
+    assert trained[2:] == [(1, SEEDS + 1)]
+    cheap(train=counted, tuning_seeds=2)
+    assert trained[3:] == [(8, 2)]  # which chooses the same
+
+
+def test_the_whole_grid_is_where_it_always_was(tmp_path):
+    tuned(tmp_path, tuning_seeds=3)
+    key_bytes = np.asarray(jax.random.key_data(KEY)).tobytes()
+    name = content_hash(QUIET, SGD, (SEEDS, 3, STEPS, 4, 4), key_bytes)
+    assert [path.name for path in tmp_path.iterdir()] == [f"plain_sgd-{name[:32]}.npz"]
+    tuned(tmp_path / "nothing", keep=False)
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_cache_key_sees_data_fields_and_not_addresses():
@@ -327,6 +386,82 @@ def test_evaluation_rows_and_scores(results):
     assert summary[ORACLE]["mean_train_vs_tuned"][0] >= 0.999  # no worse than any in its grid
     assert summary["sgd_momentum (tuned)"]["step_time_vs_adam"][0] > 0
     assert results.rows["adam (tuned)"]["chosen"]["bowl"]["learning_rate"] > 1e-3
+    assert summary["adam (tuned)"]["time_to_target_vs_tuned"] == [1.0, 1.0, 1.0]
+    assert summary["explodes"]["time_to_target_vs_tuned"] == [0.0, 0.0, 0.0]
+    assert summary[ORACLE]["time_to_target_vs_tuned"] is None
+
+
+def descend(horizon):
+    """Steps of 1 down the gradient, which only a multiplier below 2 keeps from diverging."""
+    del horizon
+    return optax.sgd(1.0)
+
+
+def test_contenders_and_cosine_baselines_are_tuned_over_the_same_learning_rates(tmp_path):
+    rates = (0.03, 0.3, 3.0)
+    found = evaluate(
+        {"descend": descend}, {"bowl": NOISY}, steps=STEPS, seeds=SEEDS, evals=4, key=KEY,
+        baselines=(), learning_rates=rates, cosine_baselines=["sgd", "adamw"], cache_dir=tmp_path,
+    )  # fmt: skip
+    sgd, adamw = "sgd (0.03, 0.3, 3; cosine)", "adamw (0.03, 0.3, 3; cosine)"
+    assert list(found.rows) == ["descend", "adam (tuned)", sgd, adamw, DEFAULT, ORACLE]
+    assert [row["kind"] for row in found.rows.values()] == [
+        "contender", "tuned", "tuned", "tuned", "default", "oracle",
+    ]  # fmt: skip
+    # A multiple of plain steps is gradient descent at that learning rate.
+    assert found.rows["descend"]["chosen"] == found.rows[sgd]["chosen"] == {
+        "bowl": {"learning_rate": 0.3, "cosine": 1.0, "weight_decay": 0.0, "at_edge": False}
+    }  # fmt: skip
+    for metric in ("mean_train_loss", "held_out_loss"):
+        ours, theirs = (found.scores["tuned"][n]["bowl"][metric] for n in ("descend", sgd))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    schedule = optax.cosine_decay_schedule(0.3, STEPS)
+    alone = train_curves(
+        NOISY,
+        lambda _: optax.sgd(schedule),
+        np.zeros(1),
+        steps=STEPS,
+        seeds=SEEDS,
+        evals=4,
+        key=KEY,
+    )
+    mean = np.array(found.curves["descend"]["bowl"]["mean"], np.float64)
+    np.testing.assert_allclose(mean, alone.train[0].mean(axis=0), rtol=1e-3)
+    assert found.rows[adamw]["chosen"]["bowl"]["weight_decay"] == pytest.approx(0.01)
+    assert found.about["learning_rates"] == list(rates)
+    assert found.about["grids"] == {"adam": 18, sgd: 3, adamw: 3}
+    # What is judged has no file: its theta is not part of a name.
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("descend")]
+
+    report.render(found, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "judged here, learning rate tuned per task" in page
+    assert "its updates times a learning rate (0.03, 0.3, 3)" in page
+    assert "lr 0.3, cosine" in page
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rates": (0.1, 0.0)}, "`learning_rates` must be positive, .* got 0.1, 0$"),
+        ({"learning_rates": (np.inf,)}, "`learning_rates` must be positive, finite"),
+        ({"learning_rates": (np.nan,)}, "`learning_rates` must be positive, finite"),
+        ({"learning_rates": (0.1, 0.1)}, "`learning_rates` must be .* all different"),
+        ({"cosine_baselines": "adamw"}, "`cosine_baselines` needs `learning_rates`"),
+        (
+            {"cosine_baselines": ("adamm",), "learning_rates": (0.1,)},
+            "`cosine_baselines` has no 'adamm'; there are adam",
+        ),
+        (
+            {"cosine_baselines": ("schedule_free_sgd",), "learning_rates": (0.1,)},
+            "`cosine_baselines` has schedule_free_sgd, which goes without a schedule",
+        ),
+    ],
+)
+def test_learning_rates_that_cannot_be_are_refused_before_any_work(options, message, monkeypatch):
+    monkeypatch.setattr("evaluation.benchmark.run", None)
+    with pytest.raises(ValueError, match=message):
+        evaluate({"descend": descend}, {"bowl": QUIET}, steps=4, seeds=1, evals=2, **options)
 
 
 def test_results_round_trip_and_refuse_damage(results, tmp_path):

@@ -114,6 +114,20 @@ def test_speedup_of_the_reference_run_faster(factor):
         assert metrics.steps_to_target(curve, reference) == 0.0
 
 
+def test_time_to_target_is_steps_times_seconds():
+    """Four times as fast in steps, each of which takes twice or a hundredth of the time."""
+    t = np.arange(5000)[None, :]
+    reference = curve_of(1.0 / (1.0 + t / 500.0))
+    curve = curve_of(1.0 / (1.0 + 4 * t / 500.0))
+    for seconds, factor in ((4e-4, 2.0), (2e-6, metrics.BOUND)):
+        timed = curve._replace(seconds_per_step=np.float32(seconds))
+        np.testing.assert_allclose(metrics.time_to_target(timed, reference), factor, rtol=0.03)
+    fast = reference._replace(seconds_per_step=np.float32(1e-6))
+    assert metrics.time_to_target(fast, curve) == 0.0  # never gets there, however fast
+    untimed = curve._replace(seconds_per_step=np.float32(np.nan))
+    assert metrics.time_to_target(untimed, reference) == 0.0
+
+
 def test_speedup_is_continuous_where_the_curve_begins_to_beat_the_reference():
     falling = 1.0 / (1.0 + np.arange(STEPS)[None, :] / 40.0)
     reference = curve_of(falling)
