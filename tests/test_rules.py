@@ -438,7 +438,7 @@ def test_nothing_of_size_features_times_params_is_stored(rule):
     compiled = update.lower(params, state, params, value=value).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
-    assert memory.temp_size_in_bytes <= 16 * 1024**2
+    assert memory.temp_size_in_bytes <= 16 * 1024**2 + 4096  # scalars apart
 
 
 @for_each_rule
