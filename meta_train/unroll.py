@@ -15,7 +15,7 @@ from tasks.base import TaskFamily, behind, scan_steps, train_step
 
 Key = jax.Array
 State = Any
-Objective = Literal["mean", "final", "mean_valid", "final_valid"]
+Objective = Literal["mean", "late", "final", "mean_valid", "final_valid"]
 
 
 class Rollout(NamedTuple):
@@ -76,8 +76,9 @@ class Training:
         log-uniformly; always a multiple of `truncation`, so that episodes end between truncations.
       remat: keep only the inner state of every step for backpropagation.
       objective: what an episode's loss is: the "mean" over its steps of the training loss, on the
-        batch of the step and before it; the "final" one of these, at the horizon; or of the loss on
-        a batch of the validation split after the step, "mean_valid" and "final_valid".
+        batch of the step and before it; this mean with weights that grow from 0 to 2, "late"; the
+        "final" one of these, at the horizon; or of the loss on a batch of the validation split
+        after the step, "mean_valid" and "final_valid".
       curriculum: number of a particle's episodes over which the upper end of the horizon's range
         grows, geometrically, from low to high.
     """
@@ -165,6 +166,9 @@ class Training:
         carry = state.params, state.opt_state
         (params, opt_state), losses = scan_steps(step, carry, task, draw, keys, self.remat)
         count, last = state.step + self.truncation, losses[-1]
+        if self.objective == "late":
+            done = state.step + jnp.arange(self.truncation) + 0.5
+            losses = losses * (2.0 * done / state.horizon)
         if self.objective in ("final", "final_valid"):
             if self.objective == "final_valid":
                 batch = task.batch(jax.random.fold_in(keys[-1], 1), "valid")

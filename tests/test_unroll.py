@@ -100,13 +100,15 @@ def episodes():
     return [found[3], found[6]]
 
 
-@pytest.mark.parametrize("objective", ["mean", "final", "mean_valid", "final_valid"])
+@pytest.mark.parametrize("objective", ["mean", "late", "final", "mean_valid", "final_valid"])
 def test_the_loss_of_an_episode_is_its_objective(objective, episodes):
     problem = training(objective)
     theta = problem.rule.init(KEY)
     unroll, loss_of = jax.jit(problem.unroll), jax.jit(partial(episode_loss, problem))
     for key, horizon, trained, validated in episodes:
         losses = validated if objective.endswith("valid") else trained
+        if objective == "late":
+            losses = losses * (2.0 * np.arange(horizon) + 1.0) / horizon
         final = objective.startswith("final")
         expected = losses[-1] if final else np.mean(losses)
         np.testing.assert_allclose(loss_of(theta, key)[0], expected, rtol=1e-4)
@@ -158,7 +160,7 @@ def test_an_unroll_says_that_its_run_is_lost(objective):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"objective": "best"}, "`objective` must be one of 'mean', 'final', .*, got 'best'"),
+        ({"objective": "best"}, "`objective` must be one of 'mean', 'late', .*, got 'best'"),
         ({"curriculum": -1}, "`curriculum` must be at least 0, got -1"),
     ],
 )

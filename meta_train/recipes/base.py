@@ -45,7 +45,7 @@ class Recipe:
     truncation: int = 50
     """Inner steps per estimate; horizons are multiples of it."""
     objective: Objective = "mean"
-    """Loss of an episode: mean, final, mean_valid or final_valid."""
+    """Loss of an episode: mean, late, final, mean_valid or final_valid."""
     curriculum: int = 0
     """Episodes of a particle over which the upper end of `horizon` grows from the lower one."""
     burn_in: int = 0
