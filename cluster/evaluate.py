@@ -77,7 +77,8 @@ def evaluate(
         raise ValueError(
             "`learning_rates` tunes artifacts in `optimizer` and `cosine_baselines`, got neither"
         )
-    chosen = task_costs.within(families(suite), time_budget)
+    whole = families(suite)
+    chosen = task_costs.within(whole, time_budget)
     with open_training(workers, address) as train, progress("evaluating", 100) as advance:
         done = 0
 
@@ -96,11 +97,12 @@ def evaluate(
             learning_rates=learning_rates,
             cosine_baselines=cosine_baselines,
             progress=report_progress,
-            evals=min(20, steps),
+            evals=min(benchmark.EVALS, steps),
             workers=workers or THREADS,
             train=train,
         )
-    results.about["suite"] = suite
+    parts = "" if len(chosen) == len(whole) else f" ({len(chosen)} of {len(whole)} tasks)"
+    results.about["suite"] = suite + parts
     directory.mkdir(parents=True, exist_ok=True)
     save_results(results, directory / run_directory.RESULTS)
     console.print(table(results), soft_wrap=False)

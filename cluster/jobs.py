@@ -112,7 +112,12 @@ def run(
 
 def _finished(directory: Path, recipe: Recipe) -> bool:
     path = directory / run_directory.ARTIFACT
-    return path.exists() and artifact.read(path)[2].get("outer_steps") == recipe.outer_steps
+    if not path.exists():
+        return False
+    card = artifact.read(path)[2]
+    # `export` may have written the last theta before one was chosen
+    chosen = not recipe.select_on or selection.CARD_ENTRY in card
+    return chosen and card.get("outer_steps") == recipe.outer_steps
 
 
 def _phases(directory: Path, recipe: Recipe, time_budget: float | None) -> list[Phase]:

@@ -19,7 +19,7 @@ from cluster import run_directory
 from cluster.console import console, progress
 from evaluation import lines
 from evaluation.baselines import BASELINES
-from evaluation.benchmark import EVAL_BATCHES
+from evaluation.benchmark import EVAL_BATCHES, EVALS
 from evaluation.curve import seed_keys, train_from
 from evaluation.metrics import METRICS
 from evaluation.stats import iqm, stratified_bootstrap
@@ -100,7 +100,7 @@ def judge(recipe: Recipe, thetas: list[Theta]) -> dict[str, Scores]:
     budget: dict[str, Any] = {
         "steps": recipe.select_steps,
         # as `learned-opt evaluate` has them, so that both read one cache
-        "evals": min(20, recipe.select_steps),
+        "evals": min(EVALS, recipe.select_steps),
         "eval_batches": EVAL_BATCHES,
     }
     make = AtHorizon(recipe.build_rule(), recipe.select_steps)

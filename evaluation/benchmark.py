@@ -27,7 +27,7 @@ Contender = Callable[[int], optax.GradientTransformation]  # horizon -> optax
 
 DEFAULT, ORACLE = "adam (lr 0.001)", "adam (oracle)"
 DEFAULT_HYPER = {"learning_rate": 1e-3, "cosine": 0.0, "weight_decay": 0.0}
-EVAL_BATCHES = 4
+EVALS, EVAL_BATCHES = 20, 4
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def evaluate(
     key: Key | None = None,
     tuning_seeds: int = 2,
     criterion: Criterion = "mean",
-    evals: int = 20,
+    evals: int = EVALS,
     workers: int = 2,
     train: Train = train_from,
 ) -> Results:

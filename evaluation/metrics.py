@@ -110,9 +110,11 @@ def survival(curve: Curve, reference: Curve) -> np.ndarray:
 
 def step_time(curve: Curve, reference: Curve) -> np.ndarray:
     """The reference's seconds per step over the curve's, each relative to the optax.adam that was
-    measured in alternation with it. 0 where not measured."""
+    measured in alternation with it. 0 where one of the two was not measured."""
     relative = [c.seconds_per_step / c.adam_seconds_per_step for c in (reference, curve)]
-    return np.repeat(loss_ratio(*(np.asarray(r, np.float64) for r in relative)), len(curve.train))
+    theirs, ours = (np.asarray(r, np.float64) for r in relative)
+    ratio = loss_ratio(theirs, ours) if np.isfinite(theirs) else np.zeros(())
+    return np.repeat(ratio, len(curve.train))
 
 
 def time_to_target(curve: Curve, reference: Curve) -> np.ndarray:

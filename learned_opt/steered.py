@@ -31,7 +31,7 @@ class Watched(NamedTuple):
 
     `alignment` [tensors, 2, 3]: averages of the cosine between gradient and momenta; `log_step`
     [tensors]: how far the step size has drifted; `scale` [tensors]: what steps are relative to, the
-    root mean square of the initial params, but not less than a usual initial size.
+    `_size` of the initial params.
     """
 
     losses: scheduler.LossBuffer
@@ -66,17 +66,18 @@ class Tensor(NamedTuple):
 class Steered:
     """update = -anneal * scale * exp(base + log_step + step) * direction
 
-    `anneal` falls linearly to zero over the horizon, behind a warm-up of ten steps. `direction`, of
-    root mean square 1, is (1 - share) * d + share * orthogonalised(d) for matrices (the last two
-    axes) and d for vectors; d is a mixture of the gradient and three momenta, all over the root of
-    one second moment. Two of the momenta and the second moment average over fixed shares of the
-    horizon. A linear map of what is known of the run, of the tensor, and of all tensors in the mean
-    gives `step`, `share`, the mixture, and the rate at which `log_step` drifts: few numbers, so
-    that evolution strategies find them in minutes.
+    `anneal` falls linearly, behind a warm-up of ten steps, to a thousandth at the horizon, where it
+    stays. `direction` is (1 - share) * d + share * orthogonalised(d) for matrices (the last two
+    axes) and d for vectors, both parts of root mean square 1; d is a mixture of the gradient and
+    three momenta, over the root of one second moment. In long runs two of the momenta and the
+    second moment average over a 50th and a tenth of the horizon. A linear map of what is known of
+    the run, of the tensor, and of all tensors in the mean gives `step`, `share`, the mixture, and
+    the rate at which `log_step` drifts: few numbers, so that evolution strategies find them in
+    minutes.
 
-    Needs the loss and the horizon. NaN losses after the first are harmless, and gradients that are
-    not numbers count as zero. The updates do not depend on the scale of the gradients, nor, but for
-    sums of tiny differences, on that of the loss.
+    Needs the loss and the horizon. NaN losses after the first are harmless, and entries of the
+    gradient that are not finite count as zero. The updates do not depend on the scale of the
+    gradients, nor, but for sums of tiny differences, on that of the loss.
 
     Args:
       orthogonalise: False takes the share for 0, and spares the matrix products.
@@ -114,11 +115,11 @@ class Steered:
             scales = [_size(p) for p in jax.tree.leaves(single)]
             watched = Watched(
                 scheduler.loss_buffer(horizon),
-                jnp.zeros((len(scales), AVERAGES, MOMENTA)),
-                jnp.zeros(len(scales)),
+                jnp.zeros((len(scales), AVERAGES, MOMENTA), jnp.float32),
+                jnp.zeros(len(scales), jnp.float32),
                 jnp.asarray(scales, jnp.float32),
             )
-            momentum = jax.tree.map(lambda p: jnp.zeros((MOMENTA, *p.shape)), single)
+            momentum = jax.tree.map(lambda p: jnp.zeros((MOMENTA, *p.shape), jnp.float32), single)
             second_moment = jax.tree.map(jnp.zeros_like, single)
             return SteeredState(jnp.zeros((), jnp.int32), momentum, second_moment, watched)
 
@@ -196,12 +197,14 @@ def _steer(
     alignment = decays * old.alignment + (1.0 - decays) * cosines
     of_run, losses = scheduler.run_features(old.losses, loss, count, steps)
     shapes = [(p.ndim == 0, _is_matrix(p), math.log10(p.size) / 2.0 - 1.0) for p in params]
+    sizes = stacked([_size(p) for p in params], 1)
     of_tensors = jnp.concatenate(
         [
             stacked(shapes, 3),
             stacked([tensor.strengths for tensor in tensors], MOMENTA) / 3.0 + 0.5,
             old.log_step[:, None] / 3.0,
-            jnp.log(stacked([_size(p) for p in params], 1) / old.scale[:, None]),
+            # clipped, so that a tensor that is lost does not take the others with it
+            jnp.clip(jnp.nan_to_num(jnp.log(sizes / old.scale[:, None])), -10.0, 10.0),
             (alignment / (1.0 - decays ** (count + 1.0))).reshape(n, AVERAGES * MOMENTA),
         ],
         axis=1,
@@ -216,16 +219,18 @@ def _steer(
     log_step = jnp.clip(old.log_step + rate * jnp.clip(out[:, 0], -10.0, 10.0), -8.0, 5.0)
     kinds = jnp.asarray([0 if _is_matrix(p) else 1 for p in params], jnp.int32)
     anneal = jnp.maximum(1.0 - count / steps, 1e-3) * jnp.minimum(1.0, (count + 1.0) / WARM_UP)
-    sizes = jnp.exp(theta["base"][kinds] + log_step + jnp.clip(out[:, 1], -5.0, 5.0))
+    relative = jnp.exp(theta["base"][kinds] + log_step + jnp.clip(out[:, 1], -5.0, 5.0))
     steered = (
-        anneal * old.scale * sizes, jax.nn.sigmoid(out[:, 2]), jax.nn.softmax(out[:, 3:])
+        anneal * old.scale * relative, jax.nn.sigmoid(out[:, 2]), jax.nn.softmax(out[:, 3:])
     )  # fmt: skip
     return steered, Watched(losses, alignment, log_step, old.scale)
 
 
 def _decay(*windows) -> jax.Array:
     """Of averages over so many steps."""
-    return jnp.exp(-1.0 / jnp.stack([jnp.asarray(window, jnp.float32) for window in windows]))
+    decays = jnp.exp(-1.0 / jnp.stack([jnp.asarray(window, jnp.float32) for window in windows]))
+    # an average of decay 1 would never move
+    return jnp.minimum(decays, 1.0 - 2.0**-24)
 
 
 def _is_matrix(p: jax.Array) -> bool:
@@ -233,14 +238,18 @@ def _is_matrix(p: jax.Array) -> bool:
 
 
 def _size(p: jax.Array) -> jax.Array:
-    """The root mean square; of params that start at zero, what others of their shape start at."""
+    """The root mean square, and for params that start at zero a share of what others of their kind
+    start at: sqrt(mean square + (0.3 * usual)^2), usual being 1 / sqrt(inputs) for matrices, 1 for
+    the rest.
+    """
     usual = 1.0 / math.sqrt(p.shape[-2]) if _is_matrix(p) else 1.0
     return jnp.sqrt(jnp.mean(p * p) + (0.3 * usual) ** 2)
 
 
 def _finite(g: jax.Array) -> jax.Array:
-    """In float32, with zero for what is not a number, small enough to be squared and summed."""
-    return jnp.clip(jnp.nan_to_num(jnp.asarray(g, jnp.float32)), -1e15, 1e15)
+    """In float32, zero where it is not finite, small enough to be squared and summed."""
+    g = jnp.asarray(g, jnp.float32)
+    return jnp.clip(jnp.where(jnp.isfinite(g), g, 0.0), -1e15, 1e15)
 
 
 def _precondition(mean_square: jax.Array) -> jax.Array:

@@ -69,13 +69,29 @@ def test_units_of_gradients_and_losses_do_not_matter(gradient, loss):
         np.testing.assert_allclose(other[name], mine[name], rtol=2e-3, atol=1e-6)
 
 
-def test_gradients_that_are_not_numbers_count_as_zero():
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_gradients_that_are_not_finite_count_as_zero(value):
     def with_(value):
         return lambda g: g | {"kernel": g["kernel"].at[0].set(value)}
 
-    lost, _ = run(theta(), change=with_(jnp.nan))
+    lost, _ = run(theta(), change=with_(value))
     zero, _ = run(theta(), change=with_(0.0))
     jax.tree.map(np.testing.assert_array_equal, lost, zero)
+
+
+def test_a_lost_tensor_leaves_the_others_alone():
+    optimizer = RULE.optimizer(theta(), 40)
+    params = tree(0, 0.5)
+    state = optimizer.init(params)
+    lost = params | {"b": jnp.full((5,), 1e25)}
+    for _ in range(2):
+        updates, state = optimizer.update(tree(1), state, lost, value=jnp.ones(()))
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(updates))
+
+
+def test_a_horizon_beyond_float32():
+    updates, _ = run(theta(), steps=3, horizon=10**9)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(updates))
 
 
 def test_order_of_tensors_does_not_matter():

@@ -12,7 +12,7 @@ RECIPE = Recipe(
     estimator="nres(particles=6, sigma=0.02, clip_difference=0.5)",
     horizon=(100, 2000),
     truncation=50,
-    outer_steps=600,
+    outer_steps=500,
     learning_rate=1e-3,
     warmup=20,
     select_on="metaval/small",
