@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
+from scipy import stats
 
 import learned_opt
 from cluster import run_directory
@@ -20,16 +22,23 @@ SCORES, FAILURES = "scores", "known_failures"
 
 
 def write(
-    name: str, results: tuple[Path, ...], failures: tuple[str, ...], out: Path | None
+    name: str,
+    results: tuple[Path, ...],
+    failures: tuple[str, ...],
+    out: Path | None,
+    other_seeds: tuple[Path, ...] = (),
 ) -> Path:
-    """Writes the artifact with what the files say of it and with known failures in its card, to
-    `out` or in its place; rule and theta stay. What is not given stays as the card has it.
+    """Writes the artifact with what the files say of it, with known failures and with the
+    meta-validation scores of the same recipe's runs from other seeds in its card, to `out` or in
+    its place; rule and theta stay. What is not given stays as the card has it.
 
     Raises:
       ValueError, OSError: before anything is written.
     """
-    if not (results or failures or out):
-        raise ValueError("`results`, `failure` or `out` must be given: there is nothing to write")
+    if not (results or failures or out or other_seeds):
+        raise ValueError(
+            "`results`, `failure`, `other_seeds` or `out` must be given: there is nothing to write"
+        )
     rule, theta, card = artifact.read(name)
     path = out or artifact.find(name)
     run_directory.check_writable("out" if out else "name", path)
@@ -39,10 +48,33 @@ def write(
         if key in scores:
             raise ValueError(f"`results` {file} is a second one of {key}: give one of them")
         scores[key] = columns
+    if other_seeds:
+        card |= {CARD_ENTRY: _with_seeds(card, other_seeds)}
     card |= {SCORES: scores} if results else {}
     card |= {FAILURES: list(failures)} if failures else {}
     learned_opt.save(path, rule, theta, card)
     return path
+
+
+def _with_seeds(card: dict[str, Any], files: tuple[Path, ...]) -> dict[str, Any]:
+    """The card's meta-validation with the score of each seed, and where that of one more is to be
+    expected: [mean, low, high] of the 95% prediction interval of a normal variable.
+    """
+    if CARD_ENTRY not in card:
+        raise ValueError("`other_seeds` is for artifacts whose theta was selected (`select_on`)")
+    scores = {card["recipe"]["seed"]: card[CARD_ENTRY]["score"]}
+    for file in files:
+        other = artifact.read(file)[2]
+        if {**other.get("recipe", {}), "seed": 0} != {**card["recipe"], "seed": 0}:
+            raise ValueError(f"`other_seeds` {file} is not of the same recipe")
+        if (seed := other["recipe"]["seed"]) in scores:
+            raise ValueError(f"`other_seeds` {file} is a second one of seed {seed}")
+        scores[seed] = other[CARD_ENTRY]["score"]
+    values, n = np.array(list(scores.values())), len(scores)
+    width = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) * np.sqrt(1 + 1 / n)
+    expected = [float(f"{values.mean() + x:.4g}") for x in (0.0, -width, width)]
+    by_seed = {str(seed): score for seed, score in sorted(scores.items())}
+    return {**card[CARD_ENTRY], "score_by_seed": by_seed, "score_of_another_seed": expected}
 
 
 def _scores(row: str, file: Path) -> tuple[str, dict[str, list[float]]]:

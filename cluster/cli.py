@@ -371,13 +371,16 @@ class Card:
     """Files that `learned-opt evaluate` wrote, with a row of this artifact."""
     failure: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """What it is known to fail at; may be repeated."""
+    other_seeds: tuple[Path, ...] = ()
+    """Artifacts of the same recipe from other seeds: the card then says how scores vary."""
     out: Path | None = None
     """Where to write the artifact; without it, in its place."""
 
     def run(self) -> None:
         from cluster import card
 
-        console.print(f"wrote {card.write(self.name, self.results, self.failure, self.out)}")
+        path = card.write(self.name, self.results, self.failure, self.out, self.other_seeds)
+        console.print(f"wrote {path}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,9 +23,7 @@ def final_loss(optimizer) -> float:
 def adam() -> float:
     """At its best of four learning rates, with a cosine."""
     rates = (1e-3, 3e-3, 1e-2, 3e-2)
-    return min(
-        final_loss(optax.adam(optax.cosine_decay_schedule(rate, STEPS))) for rate in rates
-    )
+    return min(final_loss(optax.adam(optax.cosine_decay_schedule(rate, STEPS))) for rate in rates)
 
 
 def test_universal_is_ahead_of_tuned_adam(adam):

@@ -381,7 +381,7 @@ def test_card_refuses_bad_input(tmp_path, capsys):
     (tmp_path / "bad.json").write_text("{")
     before = source.read_bytes()
     for arguments, message in (
-        ([source], "`results`, `failure` or `out` must be given"),
+        ([source], "`results`, `failure`, `other_seeds` or `out` must be given"),
         ([tmp_path / "no", "--failure", "x"], "no artifact"),
         ([source, "--results", tmp_path / "none.json"], "none.json cannot be read"),
         ([source, "--results", tmp_path / "bad.json"], "bad.json cannot be read"),
@@ -400,3 +400,28 @@ def test_card_refuses_bad_input(tmp_path, capsys):
         assert message in err
         assert len(err.strip().splitlines()) == 1
     assert source.read_bytes() == before
+
+
+def test_card_tells_how_the_score_varies_with_the_seed(tmp_path, capsys):
+    """For two scores the interval is mean +- t_1(0.975) |difference| / sqrt(2) sqrt(3 / 2)."""
+    rule, recipe = Hyperparams(), {"rule": "hyperparams", "seed": 0}
+
+    def artifact(seed, score, **changed):
+        path = tmp_path / f"{seed}-{score}.safetensors"
+        card = {"recipe": {**recipe, "seed": seed, **changed}, "meta_validation": {"score": score}}
+        learned_opt.save(path, rule, rule.init(jax.random.key(0)), card)
+        return path
+
+    source = artifact(0, 1.5)
+    run("card", source, "--other-seeds", artifact(1, 1.4))
+    found = learned_opt.read(source)[2]["meta_validation"]
+    assert found["score_by_seed"] == {"0": 1.5, "1": 1.4}
+    width = np.tan(np.pi * 0.475) * 0.1 / np.sqrt(2.0) * np.sqrt(1.5)
+    expected = [1.45, 1.45 - width, 1.45 + width]
+    np.testing.assert_allclose(found["score_of_another_seed"], expected, rtol=1e-3)
+    for other, message in (
+        (artifact(0, 1.3), "a second one of seed 0"),
+        (artifact(2, 1.3, rule="celo"), "not of the same recipe"),
+    ):
+        err = run("card", source, "--other-seeds", other, code=2, capsys=capsys).err
+        assert message in err
