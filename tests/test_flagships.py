@@ -39,7 +39,7 @@ def test_direction_is_ahead_of_tuned_adam_at_one_rate(adam):
 def test_cards_tell_where_they_lose(name):
     _, theta, card = learned_opt.read(name)
     assert card["known_failures"]
-    assert card["inner_steps"] > 1e6
+    assert card["inner_steps"] >= 3e5
     assert sum(x.nbytes for x in jax.tree.leaves(theta)) < 50_000
 
 
