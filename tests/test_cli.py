@@ -14,6 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from commands import run
 
 import learned_opt
 from cluster import cli, console, run_directory
@@ -23,17 +24,6 @@ TINY = [
     *("--task", "quadratic(dimension=2)", "--rule", "small_fc(hidden=2)"),
     *("--estimator", "pes(particles=2)", "--horizon", "4", "8", "--truncation", "2"),
 ]
-
-
-def run(*arguments, code=0, capsys=None):
-    """Runs a command in this process; returns what it wrote to stdout and stderr."""
-    if code == 0:
-        cli.main([str(a) for a in arguments])
-    else:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(a) for a in arguments])
-        assert stopped.value.code == code
-    return capsys.readouterr() if capsys else None
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 import scipy.stats
+from commands import run
 
 import learned_opt
-from cluster import cli, console, jobs, run_directory, selection
+from cluster import console, jobs, run_directory, selection
 from evaluation import metrics
 from evaluation.baselines import BASELINES
 from evaluation.cache import default_directory
@@ -50,17 +51,6 @@ def options(recipe):
         for name, x in changed.items()
         for text in (f"--{name.replace('_', '-')}", *map(str, x if isinstance(x, tuple) else [x]))
     ]
-
-
-def run(*arguments, code=0, capsys=None):
-    """Runs a command in this process; returns what it wrote to stdout and stderr."""
-    if code == 0:
-        cli.main([str(a) for a in arguments])
-    else:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(a) for a in arguments])
-        assert stopped.value.code == code
-    return capsys.readouterr() if capsys else None
 
 
 def theta_in(path):
